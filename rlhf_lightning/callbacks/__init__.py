@@ -1,0 +1,1 @@
+"""What happens beside the training: samples to read, folders to export."""

@@ -1,0 +1,38 @@
+"""At the end of a fit, leave a folder that plain transformers loads."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from rlhf_lightning.models.export import export_folder
+from rlhf_lightning.models.scalar_head import ScalarModel
+
+
+class ExportAtEnd(Callback):
+    """Writes ``export/`` into the run's folder; the next stage and everybody else starts from it."""
+
+    def __init__(self, folder: str | None = None) -> None:
+        """Args: where to; None for ``export`` in the run's folder."""
+        self.folder = folder
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if trainer.is_global_zero:
+            export_module(pl_module, self.folder or Path(trainer.default_root_dir, "export"))
+        trainer.strategy.barrier("export")
+
+
+def export_module(module: Any, folder: str | Path) -> Path:
+    """Write what a module has trained: the policy, or the reward model with its normalisation.
+
+    Args:
+        module: One of the project's modules, configured.
+        folder: Where to.
+    """
+    actor_critic = getattr(module, "actor_critic", None)
+    trained = actor_critic.policy if actor_critic is not None else getattr(module, "policy", None) or module.network
+    if isinstance(trained, ScalarModel):
+        trained.describe_normalisation()
+    return export_folder(trained.network, module.tokenizer, folder)

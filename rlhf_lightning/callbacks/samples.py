@@ -1,0 +1,62 @@
+"""Every so often, show what the model says: a panel in the terminal and a table in W&B."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_lightning.modules.showing import Sample
+
+COLUMNS = ["step", "query", "model response", "score"]
+
+
+class SampleTable(Callback):
+    """Reward may go up for the wrong reason; only the samples tell."""
+
+    def __init__(self, every_n_steps: int = 100, count: int = 4) -> None:
+        """Args: batches (PPO: iterations) between two looks, 0 for never; and how many samples to show."""
+        self.every_n_steps, self.count = every_n_steps, count
+        self.rows: list[list[Any]] = []
+        self._batch: Any = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        if self.every_n_steps and (done % self.every_n_steps == 0 or done == 1) and trainer.is_global_zero:
+            self._show(trainer, pl_module, batch, done)
+
+    @torch.no_grad()
+    def _show(self, trainer: Trainer, pl_module: Any, batch: Any, step: int) -> None:
+        self._batch = self._batch if self._batch is not None else batch  # the same prompts every time
+        samples = pl_module.show(self._batch, self.count)
+        self.rows += [[step, *sample] for sample in samples]
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_text("completions", columns=COLUMNS, data=self.rows, step=trainer.global_step)
+        self._print(samples, f"{type(pl_module).__name__}, step {step}")
+
+    @rank_zero_only
+    def _print(self, samples: list[Sample], title: str) -> None:
+        Console().print(sample_panel(samples, title))
+
+
+def sample_panel(samples: list[Sample], title: str) -> Table:
+    """A table of samples; text is shown as text, whatever markup or control characters it holds."""
+    table = Table(title=title, title_justify="left", expand=True)
+    table.add_column("prompt", ratio=2)
+    table.add_column("response", ratio=3)
+    table.add_column("score", justify="right", width=8)
+    for sample in samples:
+        table.add_row(plain(sample.prompt), plain(sample.response), f"{sample.score:.2f}")
+    return table
+
+
+def plain(text: str) -> Text:
+    """Text without terminal escapes: control characters other than newlines are shown as their code."""
+    return Text("".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text))

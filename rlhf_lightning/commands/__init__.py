@@ -1,0 +1,1 @@
+"""What is not a Trainer loop, as typed functions: pipeline, export, chat."""

@@ -1,0 +1,3 @@
+"""pipeline"""
+def pipeline(output: str = "runs/quickstart") -> None:
+    """Run all stages."""

@@ -1,0 +1,82 @@
+"""A run's folder: one run each, never overwritten unasked, never left behind by a run that did not begin."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+
+from rlhf_lightning.errors import UserError
+
+CONFIG = "config.yaml"
+
+
+class RunFolder:
+    """The folder of one ``fit``."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.existed = self.path.exists()
+
+    def claim(self, *, resuming: bool, overwrite: bool) -> None:
+        """Make sure that the folder is free, or meant to be gone on with.
+
+        Raises:
+            UserError: If it holds another run and nobody said what to do with that.
+        """
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0 or not self.path.exists():
+            return
+        if self.path.is_file():
+            raise UserError(f"{self.path} is a file; give another folder with --trainer.default_root_dir")
+        if overwrite and not resuming:
+            self._clear()
+        elif (self.path / CONFIG).exists() and not resuming:
+            raise UserError(
+                f"{self.path} holds another run; go on with it (--ckpt_path last), replace it (--overwrite true), or give "
+                "another folder (--trainer.default_root_dir)"
+            )
+
+    def abandon(self) -> None:
+        """Remove what a run left that never began to train, if the folder is its own."""
+        if not self.existed and not (self.path / CONFIG).exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def _clear(self) -> None:
+        if any(self.path.iterdir()) and not (self.path / CONFIG).exists():
+            raise UserError(f"{self.path} is not empty and holds no run; it is not overwritten, give another folder")
+        shutil.rmtree(self.path)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes config.yaml when training really begins, and tells the loggers.
+
+    Lightning's own does so before the data are looked at: a mistyped path would leave a folder that blocks the next try.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        path = Path(trainer.default_root_dir, self.config_filename)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+        config: dict[str, Any] = self.config.as_dict()
+        for logger in trainer.loggers:
+            logger.log_hyperparams({key: config[key] for key in ("model", "data", "seed_everything") if key in config})
+
+
+class ForgetFailedStart(Callback):
+    """Clears up after a run that a user's mistake stopped before its first step."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, UserError) and trainer.is_global_zero and trainer.global_step == 0:
+            for logger in trainer.loggers:
+                logger.finalize("failed")
+            self.folder.abandon()

@@ -1,0 +1,87 @@
+"""Rows to typed batches: padding to the longest row of the batch, and nothing else."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rlhf_lightning.batches import PreferenceBatch, PromptBatch, SequenceBatch
+from rlhf_lightning.data.sampler import BatchPlan
+
+
+class PlannedRows:
+    """A dataset that is indexed by a :class:`BatchPlan` and hands its normaliser on to the collator."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, plan: BatchPlan) -> tuple[dict[str, list[Any]], float]:
+        return self.dataset[plan.rows], plan.normalizer
+
+
+@dataclass(frozen=True)
+class SequenceCollator:
+    """Demonstrations: ``input_ids`` and ``response_mask`` of each row."""
+
+    pad_id: int
+
+    def __call__(self, planned: tuple[dict[str, list[Any]], float]) -> SequenceBatch:
+        columns, normalizer = planned
+        ids, attention = pad_right(columns["input_ids"], self.pad_id)
+        mask, _ = pad_right(columns["response_mask"], 0)
+        return SequenceBatch(ids, attention, mask.bool(), torch.tensor(normalizer, dtype=torch.float32))
+
+
+@dataclass(frozen=True)
+class PreferenceCollator:
+    """Pairs: ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and ``margin`` of each row."""
+
+    pad_id: int
+
+    def __call__(self, planned: tuple[dict[str, list[Any]], float]) -> PreferenceBatch:
+        columns, normalizer = planned
+        prompts = columns["prompt_ids"] * 2
+        responses = columns["chosen_ids"] + columns["rejected_ids"]
+        ids, attention = pad_right([p + r for p, r in zip(prompts, responses, strict=True)], self.pad_id)
+        starts = torch.tensor([len(p) for p in prompts])[:, None]
+        return PreferenceBatch(
+            input_ids=ids,
+            attention_mask=attention,
+            response_mask=attention & (torch.arange(ids.shape[1]) >= starts),
+            margin=torch.tensor(columns["margin"], dtype=torch.float32),
+            normalizer=torch.tensor(normalizer, dtype=torch.float32),
+        )
+
+
+@dataclass(frozen=True)
+class PromptCollator:
+    """Prompts: ``prompt_ids``, ``prompt`` and whatever other columns there are."""
+
+    pad_id: int
+
+    def __call__(self, planned: tuple[dict[str, list[Any]], float]) -> PromptBatch:
+        columns, _ = planned
+        flipped, attention = pad_right([row[::-1] for row in columns["prompt_ids"]], self.pad_id)
+        others = {k: v for k, v in columns.items() if k not in ("prompt_ids", "prompt")}
+        return PromptBatch(flipped.flip(1), attention.flip(1), columns["prompt"], others)
+
+
+def pad_right(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Stack rows of unequal length.
+
+    Args:
+        rows: Token ids, or the 0/1 of a mask.
+        pad: What fills the short rows.
+
+    Returns:
+        The rows (batch, longest), int64, and True where they are real, bool: from lengths, never from the pad id.
+    """
+    padded = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=pad)
+    lengths = torch.tensor([len(row) for row in rows])
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]

@@ -1,0 +1,55 @@
+"""The data of supervised fine-tuning."""
+
+from typing import Literal
+
+from datasets import Dataset
+
+from rlhf_lightning.data.collate import SequenceCollator
+from rlhf_lightning.data.module import RowsDataModule
+from rlhf_lightning.data.sources import Source
+from rlhf_lightning.data.splits import Split
+from rlhf_lightning.data.tokenization import tokenize_demonstrations
+
+
+class DemonstrationDataModule(RowsDataModule):
+    """Texts, dialogues or prompts with completions, as :class:`rlhf_lightning.batches.SequenceBatch`."""
+
+    kind = "demonstrations"
+
+    def __init__(
+        self,
+        source: str | Source,
+        tokenizer: str | None = None,
+        batch_size: int = 32,
+        max_length: int = 1024,
+        mask: Literal["completion", "assistant", "all"] = "completion",
+        format: str | None = None,
+        split: Split = Split(),  # noqa: B008  (frozen)
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """Remember what to load.
+
+        Args:
+            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``.
+            tokenizer: Folder or hub id; None for the one of the model in training, else the source's own.
+            batch_size: Rows a batch on one rank.
+            max_length: Longest sequence in tokens; longer ones lose their end.
+            mask: What is learnt: the completion, every assistant turn, or everything.
+            format: Name of the row format where it should not be detected.
+            split: What is held out.
+            num_workers: Processes that collate.
+            seed: Of the order of the rows.
+        """
+        super().__init__(source, tokenizer, batch_size, format, split, num_workers, seed)
+        self.max_length = max_length
+        self.mask: Literal["completion", "assistant", "all"] = mask
+
+    def tokenize(self, rows: Dataset) -> Dataset:
+        return tokenize_demonstrations(rows, self.tokenizer, mask=self.mask, max_length=self.max_length)
+
+    def collator(self) -> SequenceCollator:
+        return SequenceCollator(self.tokenizer.pad_token_id)
+
+    def weights(self, rows: Dataset) -> list[int]:
+        return list(rows["supervised"])

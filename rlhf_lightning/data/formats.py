@@ -1,0 +1,188 @@
+"""Row formats: find out which one a dataset is in, and bring it into the canonical columns of what it is wanted for.
+
+Canonical columns, by kind: *demonstrations* have ``messages``, or ``prompt`` and ``completion``, or ``text``;
+*preferences* have ``prompt``, ``chosen`` and ``rejected``; *prompts* have ``prompt``. Each is text throughout or lists
+of ``{"role", "content"}`` throughout. Columns that the format does not use stay as they are.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from datasets import Dataset, concatenate_datasets
+
+from rlhf_lightning.data import readers
+from rlhf_lightning.data.messages import is_hh
+from rlhf_lightning.data.rows import Example, NoSignalError, Row
+from rlhf_lightning.data.sources import Kind
+from rlhf_lightning.data.views import VIEWS
+from rlhf_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to write rows.
+
+    Attributes:
+        name: What the log and the ``format`` argument call it.
+        columns: Columns that it needs.
+        read: Reads a row.
+        optional: Columns that it uses where they are there.
+        marks: Tells it, by the first row, from another format with the same columns.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    read: Callable[[Row], Example]
+    optional: tuple[str, ...] = ()
+    marks: Callable[[Row], bool] = field(default=lambda row: True)
+
+
+ALPACA_OPTIONAL = ("input", "system", "history")
+
+# The first that fits is taken, so those with more columns come first.
+FORMATS = (
+    Format("sharegpt-preference", ("conversations", "chosen", "rejected"), readers.sharegpt_preference, ("system",)),
+    Format("preference", ("prompt", "chosen", "rejected"), readers.preference),
+    Format(
+        "alpaca-preference",
+        ("instruction", "chosen", "rejected"),
+        readers.alpaca_preference,
+        (*ALPACA_OPTIONAL, "output"),
+    ),
+    Format("hh-rlhf", ("chosen", "rejected"), readers.hh_preference, marks=lambda row: is_hh(row["chosen"])),
+    Format("implicit-preference", ("chosen", "rejected"), readers.implicit_preference),
+    Format("swift-preference", ("messages", "rejected_response"), readers.swift_preference, ("system",)),
+    Format("stepwise", ("prompt", "completions", "labels"), readers.stepwise),
+    Format("unpaired-preference", ("prompt", "completion", "label"), readers.unpaired),
+    Format("prompt-completion", ("prompt", "completion"), readers.prompt_completion),
+    Format("labelled-messages", ("messages", "label"), readers.labelled_messages, ("system",)),
+    Format("labelled-sharegpt", ("conversations", "kto_tag"), readers.labelled_sharegpt, ("system",)),
+    Format("alpaca", ("instruction", "output"), readers.alpaca, ALPACA_OPTIONAL),
+    Format("messages", ("messages",), readers.messages, ("system",)),
+    Format("sharegpt", ("conversations",), readers.sharegpt, ("system",)),
+    Format("prompt-only", ("prompt",), readers.prompt_only),
+    Format("hh-rlhf-text", ("text",), readers.hh_text, marks=lambda row: is_hh(row["text"])),
+    Format("text", ("text",), readers.text),
+)
+
+
+def detect_format(columns: Sequence[str], first_row: Row) -> Format:
+    """The format of rows with these columns.
+
+    Args:
+        columns: Names of the columns.
+        first_row: Tells apart formats with the same columns.
+
+    Raises:
+        UserError: If none fits; lists the columns found and those accepted.
+    """
+    for known in FORMATS:
+        if set(known.columns) <= set(columns) and known.marks(first_row):
+            return known
+    accepted = "; ".join(f"{known.name}: {', '.join(known.columns)}" for known in FORMATS)
+    raise UserError(f"unknown format: found columns {', '.join(columns) or '(none)'}; accepted are {accepted}")
+
+
+def find_format(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        UserError: If there is none.
+    """
+    for known in FORMATS:
+        if known.name == name:
+            return known
+    raise UserError(f"unknown format '{name}'; known: {', '.join(known.name for known in FORMATS)}")
+
+
+def to_canonical(dataset: Dataset, kind: Kind, format: str | None = None, origin: str = "dataset") -> Dataset:
+    """Bring rows into the canonical columns of ``kind``.
+
+    A dataset of pairs or of labelled completions serves demonstrations (what was preferred), and any with a prompt
+    serves prompts. Pairs of equal sides and disliked demonstrations are left out, counted and logged.
+
+    Args:
+        dataset: Rows in a known format.
+        kind: What they are wanted for.
+        format: Name of the format, where it should not be detected.
+        origin: What errors call the dataset: its file.
+
+    Raises:
+        UserError: If no format fits, a row is malformed (names row and column), or no row is left.
+    """
+    found = choose_format(dataset, format, origin)
+    taken = " (prompt and chosen answer)" if kind == "demonstrations" and "chosen" in found.columns else ""
+    log.info("%s: format %s, used for %s%s", origin, found.name, kind, taken)
+    used = [name for name in dataset.column_names if name in (*found.columns, *found.optional)]
+    converter = Converter(found, kind, origin)
+    kept, rows = converter.convert_all(dataset.select_columns(used))
+    if not rows:
+        raise UserError(f"{origin}: no row is left for {kind}: {converter.reasons()}")
+    if converter.dropped:
+        log.warning("%s: left out rows without anything to learn: %s", origin, converter.reasons())
+    canonical = Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
+    others = dataset.remove_columns([name for name in dataset.column_names if name in used or name in rows[0]])
+    if not others.column_names:
+        return canonical
+    others = others.select(kept).flatten_indices(keep_in_memory=True) if len(kept) < len(others) else others
+    return concatenate_datasets([canonical, others], axis=1)
+
+
+def choose_format(dataset: Dataset, name: str | None, origin: str) -> Format:
+    """The format asked for, or the one detected.
+
+    Raises:
+        UserError: If there is none, or columns that it needs are not there.
+    """
+    if not len(dataset):
+        raise UserError(f"{origin} has no rows")
+    try:
+        found = find_format(name) if name else detect_format(dataset.column_names, dataset[0])
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
+    missing = [column for column in found.columns if column not in dataset.column_names]
+    if missing:
+        raise UserError(
+            f"{origin}: format {found.name} needs columns {', '.join(missing)}; found {', '.join(dataset.column_names)}"
+        )
+    return found
+
+
+class Converter:
+    """Converts rows one by one and counts what it leaves out."""
+
+    def __init__(self, format: Format, kind: Kind, origin: str) -> None:
+        self.format, self.kind, self.origin = format, kind, origin
+        self.dropped: Counter[str] = Counter()
+        self.shape = ""
+
+    def convert_all(self, dataset: Dataset) -> tuple[list[int], list[Row]]:
+        """Indices of the rows that are kept, and their canonical columns."""
+        kept: list[int] = []
+        rows: list[Row] = []
+        for index, row in enumerate(dataset):
+            try:
+                rows.append(self.convert(row))
+                kept.append(index)
+            except NoSignalError as reason:
+                self.dropped[str(reason)] += 1
+            except UserError as error:
+                raise UserError(f"{self.origin}, row {index + 1} (read as {self.format.name}): {error}") from error
+        return kept, rows
+
+    def convert(self, row: Row) -> Row:
+        """The canonical columns of one row, which must be like the first: text throughout, or messages throughout."""
+        new = VIEWS[self.kind](self.format.read(row))
+        shape = ", ".join(f"'{name}' as {'text' if isinstance(v, str) else 'messages'}" for name, v in new.items())
+        self.shape = self.shape or shape
+        if shape != self.shape:
+            raise UserError(f"gives {shape}, where the rows before give {self.shape}; make them alike")
+        return new
+
+    def reasons(self) -> str:
+        """What was left out and why, in one line."""
+        return ", ".join(f"{count} with {reason}" for reason, count in self.dropped.items())

@@ -1,0 +1,114 @@
+"""Conversations: what a message is, and how other spellings of one become ``{"role", "content"}``."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_lightning.errors import UserError
+
+Message = dict[str, Any]
+Prompt = str | list[Message]
+
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+    "developer": "system",
+}
+KNOWN_ROLES = ("system", "user", "assistant", "tool")
+
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def is_conversation(value: object) -> bool:
+    """True for a list of messages, in either spelling."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], dict)
+        and ("role" in value[0] or "from" in value[0])
+    )
+
+
+def read_message(value: object, column: str) -> Message:
+    """One message as ``{"role", "content"}`` and whatever else it carried (``tool_calls``, ``name``).
+
+    Raises:
+        UserError: If it has no known role, or no content where the role needs some.
+    """
+    if not isinstance(value, dict):
+        raise UserError(f"column '{column}' holds {value!r:.60} where a message {{role, content}} belongs")
+    given = value.get("role") or value.get("from")
+    role = ROLES.get(str(given), given)
+    if role not in KNOWN_ROLES:
+        raise UserError(
+            f"column '{column}' has a message with role {given!r}; known: {', '.join([*KNOWN_ROLES, *ROLES])}"
+        )
+    content = flatten_content(value.get("content", value.get("value")), column)
+    if not content.strip() and role != "tool" and not value.get("tool_calls"):
+        raise UserError(f"column '{column}' has an empty {role} message")
+    extras = {k: v for k, v in value.items() if k not in ("role", "from", "content", "value", "weight")}
+    return {"role": role, "content": content, **extras}
+
+
+def flatten_content(content: object, column: str) -> str:
+    """The text of a message whose content is text, null (a bare tool call), or a list of text parts."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return "".join(part["text"] for part in content)
+    raise UserError(
+        f"column '{column}' has message content that is not text: {content!r:.60}; images are not supported"
+    )
+
+
+def read_messages(value: object, column: str) -> list[Message]:
+    """A list of messages in canonical spelling.
+
+    Raises:
+        UserError: If the list is missing or empty, or a message is malformed.
+    """
+    if isinstance(value, dict):  # ShareGPT pairs hold one answer as a bare message
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise UserError(f"column '{column}' is {'empty' if value in (None, [], '') else 'not a list of messages'}")
+    return [read_message(message, column) for message in value]
+
+
+def split_at_answer(messages: Sequence[Message], column: str) -> tuple[list[Message], list[Message]]:
+    """The conversation up to its last assistant turn, and that turn.
+
+    Raises:
+        UserError: If it does not end with the assistant, or nothing comes before.
+    """
+    if messages[-1]["role"] != "assistant":
+        raise UserError(f"column '{column}' ends with a {messages[-1]['role']} message; the answer must come last")
+    if len(messages) == 1:
+        raise UserError(f"column '{column}' has an answer and no prompt")
+    return list(messages[:-1]), [messages[-1]]
+
+
+def is_hh(text: object) -> bool:
+    """True for a dialogue in the manner of Anthropic's hh-rlhf: headers in the text."""
+    return isinstance(text, str) and "\n\nAssistant:" in text and text.lstrip().startswith("Human:")
+
+
+def parse_hh(text: str) -> list[Message]:
+    r"""Messages of ``"\n\nHuman: ...\n\nAssistant: ..."``; empty ones are kept, for some of the real ones are.
+
+    Raises:
+        UserError: If the text does not begin with a header.
+    """
+    if not is_hh(text):
+        raise UserError(r"a dialogue must read '\n\nHuman: ...\n\nAssistant: ...'")
+    parts = HH_TURN.split("\n\n" + text.lstrip())
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = zip(parts[1::2], parts[2::2], strict=True)
+    return [{"role": roles[header], "content": content.strip()} for header, content in turns]

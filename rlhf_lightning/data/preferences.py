@@ -1,0 +1,40 @@
+"""The data of reward models and of DPO: the same pairs, the same module."""
+
+from datasets import Dataset
+
+from rlhf_lightning.data.collate import PreferenceCollator
+from rlhf_lightning.data.module import RowsDataModule
+from rlhf_lightning.data.sources import Source
+from rlhf_lightning.data.splits import Split
+from rlhf_lightning.data.tokenization import tokenize_preferences
+
+
+class PreferenceDataModule(RowsDataModule):
+    """Pairs of a chosen and a rejected response, as :class:`rlhf_lightning.batches.PreferenceBatch`."""
+
+    kind = "preferences"
+
+    def __init__(
+        self,
+        source: str | Source,
+        tokenizer: str | None = None,
+        batch_size: int = 32,
+        max_length: int = 1024,
+        format: str | None = None,
+        split: Split = Split(),  # noqa: B008  (frozen)
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """Remember what to load; arguments as in :class:`.demonstrations.DemonstrationDataModule`.
+
+        ``batch_size`` counts pairs. Pairs of which one side is longer than ``max_length`` are dropped: to cut them would
+        compare other texts than the annotator saw.
+        """
+        super().__init__(source, tokenizer, batch_size, format, split, num_workers, seed)
+        self.max_length = max_length
+
+    def tokenize(self, rows: Dataset) -> Dataset:
+        return tokenize_preferences(rows, self.tokenizer, max_length=self.max_length)
+
+    def collator(self) -> PreferenceCollator:
+        return PreferenceCollator(self.tokenizer.pad_token_id)

@@ -1,0 +1,49 @@
+"""Hold out prompts, not rows: all rows of one prompt fall on one side, whatever their order and number."""
+
+import hashlib
+import json
+from typing import Any
+
+from datasets import Dataset
+
+from rlhf_lightning.errors import UserError
+
+
+def prompt_key(prompt: Any) -> str:
+    """A name for a prompt (text or messages) that is the same in every process and on every machine."""
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def row_key(row: dict[str, Any]) -> str:
+    """The key of a canonical row's prompt: of its conversation before the last turn, or its text, where it has none."""
+    if "prompt" in row:
+        return prompt_key(row["prompt"])
+    return prompt_key(row["messages"][:-1] if "messages" in row else row["text"])
+
+
+def split_by_prompt(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Divide canonical rows into training and validation.
+
+    A prompt is held out when a hash of it and of the seed is below ``fraction``; so new rows move no old one. Either
+    side may come out empty when there are few prompts.
+
+    Args:
+        dataset: Canonical rows with ``prompt``, ``messages`` or ``text``.
+        fraction: Share of the prompts that is held out, in [0, 1).
+        seed: Another seed, another choice.
+
+    Raises:
+        UserError: If ``fraction`` is out of range.
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"the share to hold out is {fraction}; it must be in [0, 1)")
+    columns = [name for name in ("prompt", "messages", "text") if name in dataset.column_names]
+    held_out = [is_held_out(row_key(row), fraction, seed) for row in dataset.select_columns(columns)]
+    train = dataset.select([index for index, out in enumerate(held_out) if not out])
+    return train, dataset.select([index for index, out in enumerate(held_out) if out])
+
+
+def is_held_out(key: str, fraction: float, seed: int) -> bool:
+    """Whether the hash of key and seed, as a number in [0, 1), is below ``fraction``."""
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < fraction

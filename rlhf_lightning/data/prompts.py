@@ -1,0 +1,58 @@
+"""The data of online methods: prompts, and whatever columns their rewards need."""
+
+from typing import Literal
+
+from datasets import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from rlhf_lightning.data.collate import PromptCollator
+from rlhf_lightning.data.module import RowsDataModule
+from rlhf_lightning.data.sources import Source
+from rlhf_lightning.data.splits import Split
+from rlhf_lightning.data.tokenization import tokenize_prompts
+
+
+class PromptDataModule(RowsDataModule):
+    """Prompts, as :class:`rlhf_lightning.batches.PromptBatch`. A file of demonstrations or pairs serves as well."""
+
+    kind = "prompts"
+
+    def __init__(
+        self,
+        source: str | Source,
+        tokenizer: str | None = None,
+        batch_size: int = 128,
+        max_prompt_length: int = 512,
+        long_prompts: Literal["error", "drop"] = "error",
+        validation_prompts: int | None = 256,
+        format: str | None = None,
+        split: Split = Split(),  # noqa: B008  (frozen)
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """Remember what to load; arguments as in :class:`.demonstrations.DemonstrationDataModule`, and these.
+
+        Args:
+            batch_size: Prompts an iteration on one rank, a response each.
+            max_prompt_length: Longest prompt in tokens.
+            long_prompts: What becomes of longer ones.
+            validation_prompts: How many held-out prompts each validation answers; None for all.
+        """
+        super().__init__(source, tokenizer, batch_size, format, split, num_workers, seed)
+        self.max_prompt_length, self.validation_prompts = max_prompt_length, validation_prompts
+        self.long_prompts: Literal["error", "drop"] = long_prompts
+
+    def tokenize(self, rows: Dataset) -> Dataset:
+        return tokenize_prompts(
+            rows, self.tokenizer, max_prompt_length=self.max_prompt_length, long_prompts=self.long_prompts
+        )
+
+    def collator(self) -> PromptCollator:
+        return PromptCollator(self.tokenizer.pad_token_id)
+
+    def loader(self, name: str, *, shuffle: bool) -> StatefulDataLoader:
+        """As everywhere, but a validation goes over a fixed few prompts only."""
+        if not shuffle and self.validation_prompts is not None:
+            few = min(self.validation_prompts, len(self.rows[name]))
+            self.rows[name] = self.rows[name].select(range(few))
+        return super().loader(name, shuffle=shuffle)

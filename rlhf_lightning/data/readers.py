@@ -1,0 +1,146 @@
+"""A row of each known format, read into an :class:`Example`. Each raises UserError naming the column at fault."""
+
+from rlhf_lightning.data.implicit_prompt import split_conversations, split_texts
+from rlhf_lightning.data.messages import Message, Prompt, is_conversation, parse_hh, read_messages, split_at_answer
+from rlhf_lightning.data.rows import Example, NoSignalError, Row, read_answer, read_label, read_prompt, read_string
+from rlhf_lightning.errors import UserError
+
+
+def text(row: Row) -> Example:
+    return Example(text=read_string(row, "text"))
+
+
+def hh_dialogue(row: Row, column: str) -> list[Message]:
+    """Some of the real hh-rlhf dialogues end with an assistant who says nothing; those teach nothing."""
+    messages = parse_hh(read_string(row, column))
+    if not messages[-1]["content"]:
+        raise NoSignalError("an empty answer")
+    return messages
+
+
+def hh_text(row: Row) -> Example:
+    return Example(messages=hh_dialogue(row, "text"))
+
+
+def whole_conversation(row: Row, column: str) -> list[Message]:
+    """The messages of a column, after the system prompt where that has a column of its own."""
+    given = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return [*given, *read_messages(row.get(column), column)]
+
+
+def messages(row: Row) -> Example:
+    return Example(messages=whole_conversation(row, "messages"))
+
+
+def sharegpt(row: Row) -> Example:
+    return Example(messages=whole_conversation(row, "conversations"))
+
+
+def labelled_messages(row: Row) -> Example:
+    prompt, completion = split_at_answer(whole_conversation(row, "messages"), "messages")
+    return Example(prompt=prompt, completion=completion, label=read_label(row, "label"))
+
+
+def labelled_sharegpt(row: Row) -> Example:
+    prompt, completion = split_at_answer(whole_conversation(row, "conversations"), "conversations")
+    return Example(prompt=prompt, completion=completion, label=read_label(row, "kto_tag"))
+
+
+def prompt_only(row: Row) -> Example:
+    return Example(prompt=read_prompt(row))
+
+
+def prompt_completion(row: Row) -> Example:
+    prompt = read_prompt(row)
+    return Example(prompt=prompt, completion=read_answer(row, "completion", prompt))
+
+
+def unpaired(row: Row) -> Example:
+    prompt = read_prompt(row)
+    return Example(prompt=prompt, completion=read_answer(row, "completion", prompt), label=read_label(row, "label"))
+
+
+def stepwise(row: Row) -> Example:
+    """Steps with a verdict each, joined by newlines; liked as a whole when every step is right."""
+    prompt, steps, labels = read_prompt(row), row.get("completions"), row.get("labels")
+    if not steps or not labels or len(steps) != len(labels):
+        raise UserError("columns 'completions' and 'labels' must be lists of the same length, not empty")
+    verdicts = [read_label({"labels": label}, "labels") for label in labels]
+    answers = [read_answer({"completions": step}, "completions", prompt) for step in steps]
+    joined = "\n".join(answer if isinstance(answer, str) else answer[0]["content"] for answer in answers)
+    completion: Prompt = joined if isinstance(prompt, str) else [{"role": "assistant", "content": joined}]
+    return Example(prompt=prompt, completion=completion, label=all(verdicts))
+
+
+def explicit_pair(row: Row, prompt: Prompt) -> Example:
+    """The two answers to a prompt that is known."""
+    chosen, rejected = (read_answer(row, column, prompt) for column in ("chosen", "rejected"))
+    return Example(prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def conversation_pair(chosen: list[Message], rejected: list[Message]) -> Example:
+    """A pair of whole conversations."""
+    for column, conversation in (("chosen", chosen), ("rejected", rejected)):
+        split_at_answer(conversation, column)
+    prompt, good, bad = split_conversations(chosen, rejected)
+    return Example(prompt=prompt, chosen=good, rejected=bad)
+
+
+def implicit_preference(row: Row) -> Example:
+    """A pair of whole texts or conversations."""
+    if is_conversation(row.get("chosen")):
+        return conversation_pair(read_messages(row["chosen"], "chosen"), read_messages(row.get("rejected"), "rejected"))
+    chosen, rejected = read_string(row, "chosen"), read_string(row, "rejected")
+    if chosen == rejected:  # where the prompt ends can't be told
+        raise NoSignalError("the same text as chosen and rejected")
+    prompt, good, bad = split_texts(chosen, rejected)
+    return Example(prompt=prompt, chosen=good, rejected=bad)
+
+
+def hh_preference(row: Row) -> Example:
+    return conversation_pair(hh_dialogue(row, "chosen"), hh_dialogue(row, "rejected"))
+
+
+def preference(row: Row) -> Example:
+    """A pair with its prompt; UltraFeedback gives the prompt as text and repeats it in conversations."""
+    prompt = read_prompt(row)
+    if isinstance(prompt, str) and is_conversation(row.get("chosen")):
+        repeated = implicit_preference(row)
+        contents = [message["content"].strip() for message in repeated.prompt or [] if isinstance(message, dict)]
+        if prompt.strip() not in contents:
+            raise UserError(
+                "column 'prompt' is text that the messages of 'chosen' do not repeat; give it as messages too"
+            )
+        return repeated
+    return explicit_pair(row, prompt)
+
+
+def sharegpt_preference(row: Row) -> Example:
+    prompt: Prompt = whole_conversation(row, "conversations")
+    return explicit_pair(row, prompt)
+
+
+def swift_preference(row: Row) -> Example:
+    """ms-swift: a conversation with the good answer, and the bad answer beside it."""
+    prompt, chosen = split_at_answer(whole_conversation(row, "messages"), "messages")
+    return Example(prompt=prompt, chosen=chosen, rejected=read_answer(row, "rejected_response", prompt))
+
+
+def alpaca_prompt(row: Row) -> list[Message]:
+    """System prompt, earlier turns, and the instruction with its input as the user's turn."""
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    turns: list[Message] = []
+    for question, answer in row.get("history") or []:
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    given = row.get("input") or ""
+    instruction = read_string(row, "instruction") + (f"\n{given}" if given.strip() else "")
+    return [*system, *turns, {"role": "user", "content": instruction}]
+
+
+def alpaca(row: Row) -> Example:
+    return Example(prompt=alpaca_prompt(row), completion=read_answer(row, "output", alpaca_prompt(row)))
+
+
+def alpaca_preference(row: Row) -> Example:
+    prompt: Prompt = alpaca_prompt(row)
+    return explicit_pair(row, prompt)

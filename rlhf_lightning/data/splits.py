@@ -1,0 +1,78 @@
+"""From a source to training, validation and out-of-distribution rows in canonical form, and the tokenizer for them."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.data.chat import ensure_chat_template
+from rlhf_lightning.data.formats import to_canonical
+from rlhf_lightning.data.sources import Kind, Source, as_source
+from rlhf_lightning.data.tokenization import split_by_prompt
+from rlhf_lightning.data.tokenizers import load_tokenizer, repair_pad_token
+from rlhf_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How rows are divided where the source does not divide them itself.
+
+    Attributes:
+        validation: Share of the prompts that is held out, chosen by a hash of the prompt: all rows of a prompt go one way.
+        seed: Another seed, another choice.
+        limit: Keep only the first so many training rows: for debugging.
+    """
+
+    validation: float = 0.05
+    seed: int = 0
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse shares that leave nothing to train on."""
+        if not 0 <= self.validation < 1 or (self.limit is not None and self.limit < 1):
+            raise UserError(f"split out of range: {self}; `validation` is a share in [0, 1), `limit` at least 1")
+
+
+def load_splits(source: str | Dataset | DatasetDict | Source, kind: Kind, format: str | None, split: Split) -> DatasetDict:
+    """Rows in canonical form, with "train" and, unless ``split.validation`` is 0, "validation".
+
+    Raises:
+        UserError: If the source can't be read, its format is unknown, or nothing is left to train on.
+    """
+    loaded = as_source(source).load(kind)
+    rows = DatasetDict({name: to_canonical(part, kind, format) for name, part in loaded.items()})
+    if "validation" not in rows and split.validation > 0:
+        rows["train"], rows["validation"] = split_by_prompt(rows["train"], split.validation, split.seed)
+        if not len(rows["train"]) or not len(rows["validation"]):
+            raise UserError(
+                f"{len(loaded['train'])} rows are too few to hold out {split.validation:.0%} of the prompts; add rows, give a "
+                "validation file, or set split.validation to 0"
+            )
+    if split.limit is not None:
+        rows["train"] = rows["train"].select(range(min(split.limit, len(rows["train"]))))
+    log.info("%s: %s", kind, ", ".join(f"{len(part)} {name}" for name, part in rows.items()))
+    return rows
+
+
+def find_tokenizer(
+    path: str | None, source: str | Dataset | DatasetDict | Source, trainer: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that was asked for; else that of the model in training; else the source's own.
+
+    Its pad token is repaired where missing or equal to EOS, and it gets a plain chat template where it has none.
+
+    Raises:
+        UserError: If none of the three is there.
+    """
+    module = getattr(trainer, "lightning_module", None)
+    path = path or getattr(module, "model_path", None)
+    tokenizer = load_tokenizer(path) if path else as_source(source).tokenizer()
+    if tokenizer is None:
+        raise UserError("no tokenizer: give data.tokenizer, or a model with a `path`")
+    repair_pad_token(tokenizer)
+    ensure_chat_template(tokenizer)
+    return tokenizer

@@ -1,0 +1,152 @@
+"""Tokenizers: load one, tell two apart, see that padding is not EOS, and encode text that continues other text."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rlhf_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
+
+PAD_TOKEN = "<|pad|>"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id; code that comes with it is never run.
+
+    Raises:
+        UserError: If nothing is there, or no tokenizer is in it.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise UserError(f"{path}: no tokenizer in this folder (looked for {', '.join(TOKENIZER_FILES)})")
+    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise UserError(f"tokenizer folder {path} does not exist (working directory {Path.cwd()})")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder) if folder.exists() else path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"no tokenizer could be loaded from '{path}': {reason}; give a folder or a hub id") from error
+
+
+def repair_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Add a pad token where there is none, or where it is EOS: else what masks padding would mask EOS too.
+
+    Returns:
+        True if the vocabulary grew: the caller must then resize the model's embeddings.
+    """
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return False
+    before = len(tokenizer)
+    log.warning(
+        "pad token is %s; using '%s' instead", "EOS" if tokenizer.pad_token_id is not None else "missing", PAD_TOKEN
+    )
+    tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    return len(tokenizer) > before
+
+
+def uses_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether sequences begin with BOS: the tokenizer puts it there itself, or its chat template does."""
+    if tokenizer.bos_token_id is None:
+        return False
+    return tokenizer("a").input_ids[0] == tokenizer.bos_token_id or "bos_token" in str(tokenizer.chat_template or "")
+
+
+def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Everything that decides which ids a text gets, by name; neither file paths nor padding."""
+    parts: dict[str, Any] = {}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        parts = json.loads(backend.to_str())
+        model = parts.pop("model")
+        parts |= {f"model {name}": value for name, value in model.items() if name != "vocab"}
+        for state in ("truncation", "padding", "version"):
+            parts.pop(state, None)
+    parts["class"] = None if backend is not None else type(tokenizer).__name__
+    parts["vocabulary"] = tokenizer.get_vocab()
+    parts["special tokens"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    parts["chat template"] = tokenizer.chat_template
+    return parts
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of vocabulary, merges, special tokens and chat template: equal for equal tokenizers, wherever they lie."""
+    text = json.dumps(tokenizer_parts(tokenizer), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
+    """None when both give the same ids; otherwise what differs, in one line."""
+    left, right = tokenizer_parts(a), tokenizer_parts(b)
+    if len(left["vocabulary"]) != len(right["vocabulary"]):
+        return f"vocabularies have {len(left['vocabulary'])} and {len(right['vocabulary'])} entries"
+    for name in ("vocabulary", "special tokens"):
+        for key in sorted(set(left[name]) | set(right[name])):
+            if left[name].get(key) != right[name].get(key):
+                return f"{name} differ: '{key}' is {left[name].get(key)!r} and {right[name].get(key)!r}"
+    for name in sorted(set(left) | set(right)):
+        if left.get(name) != right.get(name):
+            return f"{name} differs"
+    return None
+
+
+def encode_beginnings(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Ids of texts that begin a sequence, without special tokens of the tokenizer's own."""
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+
+
+def encode_continuations(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Ids of texts that follow others, so that decoding both together gives the joined text.
+
+    Tokenizers of SentencePiece's kind put a space before whatever they encode; here they don't.
+    """
+    continuing = continuing_tokenizer(tokenizer)
+    if continuing is None:
+        return encode_beginnings(tokenizer, texts)
+    return [encoding.ids for encoding in continuing.encode_batch(texts, add_special_tokens=False)]
+
+
+_CONTINUING: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Tokenizer | None]] = WeakKeyDictionary()
+
+
+def continuing_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """The tokenizer without its leading space; None where it has none."""
+    size, continuing = _CONTINUING.get(tokenizer, (None, None))
+    if size != len(tokenizer):  # tokens added since
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        continuing = None if backend is None else without_leading_space(backend)
+        _CONTINUING[tokenizer] = (len(tokenizer), continuing)
+    return continuing
+
+
+def without_leading_space(backend: Tokenizer) -> Tokenizer | None:
+    """A copy that does not put a space before a text; None where the original does not either."""
+    spec = json.loads(backend.to_str())
+    changed = False
+    for part in (spec["normalizer"], spec["pre_tokenizer"]):
+        for step in [part, *((part or {}).get("normalizers") or (part or {}).get("pretokenizers") or [])]:
+            kind = (step or {}).get("type")
+            if kind == "Prepend":
+                changed, step["prepend"] = True, ""
+            elif kind == "Metaspace" and step.get("prepend_scheme") != "never":
+                changed, step["prepend_scheme"] = True, "never"
+            elif kind == "ByteLevel" and step.get("add_prefix_space"):
+                changed, step["add_prefix_space"] = True, False
+    spec["truncation"] = spec["padding"] = None
+    return Tokenizer.from_str(json.dumps(spec)) if changed else None

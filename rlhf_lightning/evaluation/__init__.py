@@ -1,0 +1,1 @@
+"""What came of it: exported models answer prompts, are scored, compared and reported on."""

@@ -1,0 +1,103 @@
+"""Exported policies answer prompts; their answers are kept with what policy and reference think of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.data.collate import pad_right
+from rlhf_lightning.data.encoding import encode_prompt
+from rlhf_lightning.generation.engine import SamplingParameters
+from rlhf_lightning.generation.transformers_engine import TransformersEngine
+from rlhf_lightning.models.frozen import Frozen
+from rlhf_lightning.models.loading import load_causal_lm
+from rlhf_lightning.models.policy import PolicyNetwork
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.modules.handoff import ready_tokenizer
+from rlhf_lightning.rewards.reward import Samples
+from rlhf_lightning.rollouts.collect import generate_responses
+
+BATCH = 500  # prompts a forward
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Several answers to each of a list of prompts.
+
+    Attributes:
+        prompts: As the dataset gave them. Length n.
+        texts: Shape (n, samples) as nested lists.
+        truncated: Whether an answer was cut off before EOS. Shape (n, samples), bool.
+        lengths: Tokens, EOS included. Shape (n, samples).
+        kl: log policy - log reference of the whole answer, in nats. Shape (n, samples).
+    """
+
+    prompts: list[Any]
+    texts: list[list[str]]
+    truncated: NDArray[np.bool_]
+    lengths: NDArray[np.floating]
+    kl: NDArray[np.floating]
+
+    def samples(self) -> Samples:
+        """All answers in one list, those to one prompt side by side."""
+        width = self.truncated.shape[1]
+        return Samples(
+            prompts=[prompt for prompt in self.prompts for _ in range(width)],
+            completions=[text for texts in self.texts for text in texts],
+            completion_ids=[[] for _ in range(self.truncated.size)],
+            truncated=self.truncated.flatten().tolist(),
+        )
+
+
+class Answerer:
+    """An exported policy and the one that it is measured from."""
+
+    def __init__(self, folder: str | Path, reference: str | Path, device: str = "cpu") -> None:
+        """Load both.
+
+        Args:
+            folder: The policy's export.
+            reference: The export that the KL is taken against, with the same tokenizer.
+            device: Where to compute.
+        """
+        self.tokenizer = ready_tokenizer(str(folder))
+        self.policy = self._load(folder).to(device)
+        self.reference = self._load(reference).to(device)
+        self.device = device
+
+    def _load(self, folder: str | Path) -> Frozen:
+        return Frozen(PolicyNetwork(load_causal_lm(ModelSpec(path=str(folder)), self.tokenizer)))
+
+    def answer(self, prompts: list[Any], sampling: SamplingParameters, *, samples: int, seed: int) -> Answers:
+        """Answer every prompt ``samples`` times, from a fixed seed."""
+        parts = []
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            repeated = [prompt for prompt in prompts for _ in range(samples)]
+            for start in range(0, len(repeated), BATCH):
+                parts.append(self._batch(repeated[start : start + BATCH], sampling))
+        texts = [text for part in parts for text in part[0]]
+        columns = [np.concatenate(column).reshape(len(prompts), samples) for column in zip(*(p[1:] for p in parts), strict=True)]
+        truncated, lengths, kl = columns
+        grouped = [texts[i : i + samples] for i in range(0, len(texts), samples)]
+        return Answers(prompts, grouped, truncated.astype(bool), lengths, kl)
+
+    def _batch(self, prompts: list[Any], sampling: SamplingParameters) -> tuple[list[str], Any, Any, Any]:
+        rows = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        flipped, mask = pad_right([row[::-1] for row in rows], int(self.tokenizer.pad_token_id))
+        batch = PromptBatch(flipped.flip(1).to(self.device), mask.flip(1).to(self.device), prompts, {})
+        network = self.policy.network.network
+        responses = generate_responses(batch, network, self.tokenizer, TransformersEngine(), sampling)
+        inputs = responses.input_ids, responses.attention_mask, responses.sequence_mask
+        log_ratio = self.policy(*inputs).logprobs - self.reference(*inputs).logprobs
+        lengths = responses.response_mask.sum(1).float()
+        return (
+            responses.samples.completions,
+            responses.truncated.cpu().numpy(),
+            lengths.cpu().numpy(),
+            log_ratio.sum(1).cpu().numpy(),
+        )

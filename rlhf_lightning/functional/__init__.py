@@ -1,0 +1,1 @@
+"""Every formula, as a function of tensors. Imports torch and nothing else."""

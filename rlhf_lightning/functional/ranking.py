@@ -1,0 +1,65 @@
+"""Losses and diagnostics of reward models: what a comparison of two responses says about two scores."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0) -> Tensor:
+    r"""Negative log-likelihood of the preferences under Bradley-Terry.
+
+    .. math:: \ell = -\log \sigma(r_w - r_l - m)
+
+    Args:
+        chosen: Scores of the preferred responses. Shape (pairs,), float32.
+        rejected: Scores of the others. Shape (pairs,).
+        margin: By how much the chosen one should lead, >= 0. A scalar or shape (pairs,).
+
+    Returns:
+        Shape (pairs,), nats.
+
+    Source: Ouyang et al. 2022, eq. 1, https://arxiv.org/abs/2203.02155; margin: Touvron et al. 2023, eq. 2,
+    https://arxiv.org/abs/2307.09288
+    """
+    return -F.logsigmoid(chosen - rejected - margin)
+
+
+def centering_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    r"""Pull the sum of a pair's scores to zero: :math:`(r_w + r_l)^2`. Bradley-Terry alone leaves the level free.
+
+    Args and shapes as in :func:`bradley_terry_loss`.
+
+    Source: Eisenstein et al. 2023, eq. 2, https://arxiv.org/abs/2312.09244
+    """
+    return (chosen + rejected).square()
+
+
+def preference_accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """1 where the chosen response scores higher, 1/2 on a tie, else 0. Shape (pairs,), float32."""
+    return (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+
+
+def expected_calibration_error(difference: Tensor, *, bins: int = 5) -> Tensor:
+    r"""How far the confidence of pairwise predictions is from their accuracy.
+
+    .. math:: \sum_b \frac{n_b}{n} |\mathrm{acc}_b - \mathrm{conf}_b|
+
+    Args:
+        difference: Score of the chosen minus score of the rejected response, at scale 1. Shape (pairs,).
+        bins: Number of equal bins of the confidence max(p, 1 - p) in [1/2, 1].
+
+    Returns:
+        Scalar in [0, 1].
+
+    Raises:
+        ValueError: If there is no pair.
+
+    Source: Guo et al. 2017, eq. 3, https://arxiv.org/abs/1706.04599
+    """
+    if difference.numel() == 0:
+        raise ValueError("calibration needs at least one pair")
+    confidence = torch.sigmoid(difference.abs())
+    correct = preference_accuracy(difference, torch.zeros_like(difference))
+    index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, device=difference.device).index_add_(0, index, correct - confidence)
+    return gap.abs().sum() / difference.numel()

@@ -1,0 +1,42 @@
+"""The critic's loss and how well it explains the returns."""
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.functional.masked import masked_var
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_range: float
+) -> tuple[Tensor, Tensor]:
+    r"""Squared error, with the change of the value since the rollout clipped as the policy's ratio is.
+
+    .. math:: \ell_t = \tfrac12 \max\left((v_t - \hat R_t)^2, (\mathrm{clip}(v_t, v^{old}_t \pm \epsilon) - \hat R_t)^2\right)
+
+    Args:
+        values: Of the critic being trained. Shape (batch, length).
+        old_values: At the time of the rollout. Same shape.
+        returns: Targets. Same shape.
+        mask: True on response tokens. Same shape, bool.
+        clip_range: epsilon in units of the return, > 0.
+
+    Returns:
+        The loss of each token, and whether the clip decided it (bool, detached); zero and False where masked.
+
+    Source: OpenAI baselines' ppo2, as in Huang et al. 2024, https://arxiv.org/abs/2403.17031
+    """
+    values, old_values, returns = (x.masked_fill(~mask, 0) for x in (values, old_values, returns))
+    free = (values - returns).square()
+    clipped = (values.clamp(old_values - clip_range, old_values + clip_range) - returns).square()
+    return 0.5 * torch.maximum(free, clipped), (clipped > free).detach() & mask
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    r"""How much of the spread of the returns the critic foresaw: :math:`1 - \mathrm{Var}(\hat R - v) / \mathrm{Var}(\hat R)`.
+
+    Args and shapes as in :func:`clipped_value_loss`.
+
+    Returns:
+        Scalar, at most 1; 0 for a constant critic, NaN where the returns do not vary.
+    """
+    return 1 - masked_var(returns - values, mask) / masked_var(torch.where(mask, returns, 0), mask)

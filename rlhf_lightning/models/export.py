@@ -1,0 +1,55 @@
+"""Write a network as a Hugging Face folder that plain transformers loads, whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def export_folder(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
+    """Write weights (safetensors), config, generation config, tokenizer and chat template.
+
+    Written beside its place and renamed, so that a folder with this name is always whole.
+
+    Args:
+        network: A causal language model or sequence classifier.
+        tokenizer: The one it was trained with.
+        folder: Where to; replaced if it exists.
+
+    Returns:
+        ``folder``.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        if network.can_generate():
+            network.generation_config = generation_config(network, tokenizer)
+        network.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        scratch.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def generation_config(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The special ids of the tokenizer, with every EOS that the network knew."""
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=eos_ids(network, tokenizer),
+        do_sample=True,
+    )
+
+
+def eos_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a response: the tokenizer's EOS and those of the generation config (some models have several)."""
+    known = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
+    more = known if isinstance(known, list) else [known]
+    return sorted({i for i in [tokenizer.eos_token_id, *more] if i is not None})

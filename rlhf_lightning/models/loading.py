@@ -1,0 +1,162 @@
+"""Build or load the two kinds of network: causal language models and scalar (reward, value) models."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.spec import ModelSpec
+
+log = logging.getLogger(__name__)
+
+
+def load_causal_lm(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Load or build a causal language model whose vocabulary and special tokens fit the tokenizer; dropout is off.
+
+    Args:
+        spec: What to build.
+        tokenizer: Has distinct pad and EOS tokens (see :func:`rlhf_lightning.data.tokenizers.repair_pad_token`).
+
+    Returns:
+        The model, in ``spec.dtype``, on the CPU.
+
+    Raises:
+        UserError: If the folder is missing, holds no such model, or its vocabulary is too small for the tokenizer.
+    """
+    model = _from_path(AutoModelForCausalLM, spec)[0] if spec.path else _from_scratch(AutoModelForCausalLM, spec, tokenizer)
+    return _fit_to_tokenizer(model, tokenizer, spec)
+
+
+def load_scalar_model(
+    spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, *, new_head: bool = False
+) -> PreTrainedModel:
+    """Load or build a sequence classifier with one label: a reward model or a critic.
+
+    Args:
+        spec: What to build.
+        tokenizer: As in :func:`load_causal_lm`.
+        new_head: Allow a head that is not in the checkpoint; it is then drawn from N(0, 1/(d+1)), as in OpenAI's
+            summarize-from-feedback. Only the training of a reward model may ask for that.
+
+    Returns:
+        The model, in ``spec.dtype``, on the CPU.
+
+    Raises:
+        UserError: As :func:`load_causal_lm`, and if a head is missing without ``new_head``.
+    """
+    if spec.path is None:
+        model = _from_scratch(AutoModelForSequenceClassification, spec, tokenizer, num_labels=1)
+        missing = [name for name, _ in scalar_head(model).named_parameters()]
+    else:
+        model, missing = _from_path(AutoModelForSequenceClassification, spec, num_labels=1)
+    if missing and not new_head:
+        raise UserError(
+            f"{spec.path or 'a network from scratch'} holds no trained scalar head ({', '.join(missing)} missing): it is not a"
+            " reward model; give the export folder of a RewardModelModule run"
+        )
+    if missing:
+        _draw_head(scalar_head(model))
+    return _fit_to_tokenizer(model, tokenizer, spec)
+
+
+def scalar_head(model: PreTrainedModel) -> nn.Linear:
+    """The linear layer that maps a hidden state to the scalar.
+
+    Raises:
+        UserError: If the architecture has no token-level linear head named ``score`` (encoders have none).
+    """
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"{type(model).__name__} has no linear `score` head; use a decoder such as llama, qwen3 or gpt2")
+    return head
+
+
+def missing_model_message(path: str) -> str:
+    """Say that a folder is missing, and which command makes it where the layout of runs/ and configs/ tells."""
+    parts = Path(path).parts
+    if parts[-1:] == ("export",) and len(parts) >= 3:
+        config = Path("configs", *parts[-3:-1]).with_suffix(".yaml")
+        if config.is_file():
+            return f"{path} does not exist yet; make it with: python -m rlhf_lightning fit --config {config}"
+    return f"{path} is neither a folder here nor reachable on the hub; check the path, or run the stage that exports it"
+
+
+def _from_path(auto: Any, spec: ModelSpec, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
+    path = str(spec.path)
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise UserError(f"{path} holds no config.json; give a folder in Hugging Face format, such as a run's export/")
+    looks_local = path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1
+    if looks_local and not Path(path).exists():
+        raise UserError(missing_model_message(path))
+    common = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    try:
+        config = _without_dropout(AutoConfig.from_pretrained(path, **common, **kwargs))
+        model, info = auto.from_pretrained(
+            path,
+            config=config,
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation=spec.attn_implementation,
+            use_safetensors=True,
+            output_loading_info=True,
+            **common,
+        )
+    except (OSError, ValueError) as error:
+        if not Path(path).exists():
+            raise UserError(missing_model_message(path)) from error
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    return model, sorted(info["missing_keys"])
+
+
+def _from_scratch(auto: Any, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
+    fields = dict(spec.architecture or {})
+    model_type = fields.pop("model_type")
+    try:
+        known = AutoConfig.for_model(model_type).to_dict()
+    except ValueError as error:
+        raise UserError(f"architecture.model_type {model_type!r} is unknown to transformers") from error
+    for key in fields:
+        if key not in known:
+            raise UserError(f"architecture.{key} is not a field of the {model_type} config; it would be ignored")
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **ids, **fields, **kwargs})
+    model = auto.from_config(_without_dropout(config), attn_implementation=spec.attn_implementation)
+    return model.to(getattr(torch, spec.dtype))
+
+
+def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """Dropout makes old and new log-probabilities differ at equal weights; no stage here uses it."""
+    for key, value in config.to_dict().items():
+        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float) and value > 0:
+            setattr(config, key, 0.0)
+    return config
+
+
+def _draw_head(head: nn.Linear) -> None:
+    nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+
+
+def _fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> PreTrainedModel:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise UserError("the tokenizer's pad token is missing or equal to EOS; repair it before a model is loaded")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        log.warning("%s: embeddings grow from %d to %d rows for the tokenizer's new tokens", spec.path, rows, len(tokenizer))
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for name in ("pad", "bos", "eos"):
+        setattr(model.config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model

@@ -1,0 +1,153 @@
+"""Direct preference optimisation: alignment without a reward model or sampling."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.functional.logprobs import sequence_logprobs
+from rlhf_lightning.functional.masked import masked_sum
+from rlhf_lightning.functional.ranking import preference_accuracy
+from rlhf_lightning.generation.engine import SamplingParameters
+from rlhf_lightning.losses import DPOLoss, PairLoss
+from rlhf_lightning.models.frozen import Frozen
+from rlhf_lightning.models.loading import load_causal_lm
+from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.modules.handoff import training_tokenizer
+from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
+from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule
+from rlhf_lightning.modules.showing import Sample, as_samples, sampled_responses
+
+NAMES = (
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+    "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy",
+)  # fmt: skip
+
+
+class DPOModule(LightningModule):
+    """The policy is its own reward model (Rafailov et al. 2023); the loss object decides which of the family it is."""
+
+    def __init__(
+        self,
+        policy: ModelSpec,
+        loss: PairLoss = DPOLoss(),  # noqa: B008  (frozen)
+        reference: ModelSpec | None = None,
+        optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-6),
+        schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
+        sampling: SamplingParameters = SamplingParameters(),  # noqa: B008  (frozen)
+    ) -> None:
+        """Remember what to build; networks are built in ``configure_model``.
+
+        Args:
+            policy: The model to align, usually the SFT policy.
+            loss: On the log-ratios of a pair.
+            reference: What the log-ratios are taken against; None for the policy as it starts.
+            optimizer: Makes the optimizer of the parameters.
+            schedule: Of the learning rate, in optimizer steps.
+            sampling: How the samples that a person sees are drawn.
+        """
+        super().__init__()
+        self.sampling = sampling
+        self.policy_spec, self.reference_spec, self.loss = policy, reference or policy, loss
+        self.optimizer_factory, self.schedule = optimizer, schedule
+        self.model_path = policy.path
+        self.policy: PolicyNetwork | None = None
+        self.train_means, self.eval_means = Means(NAMES, totals=["num_tokens"]), Means(NAMES, totals=["num_tokens"])
+        self.num_tokens = 0
+
+    def configure_model(self) -> None:
+        """Load the policy and its reference, once."""
+        if self.policy is not None:
+            return
+        self.tokenizer = training_tokenizer(self, self.policy_spec.path, self.reference_spec.path)
+        self.policy = PolicyNetwork(load_causal_lm(self.policy_spec, self.tokenizer))
+        reference = PolicyNetwork(load_causal_lm(self.reference_spec, self.tokenizer))
+        if self.reference_spec.path is None:  # from scratch: the same random weights
+            reference.load_state_dict(self.policy.state_dict())
+        self.reference = Frozen(reference)
+
+    def on_fit_start(self) -> None:
+        self.reference.to(self.device)
+
+    on_validation_start = on_test_start = on_fit_start
+
+    def forward(self, batch: PreferenceBatch) -> PolicyOutput:
+        """Log-probabilities of the response tokens of chosen and rejected, in one forward."""
+        assert self.policy is not None
+        return self.policy(batch.input_ids, batch.attention_mask, batch.response_mask)
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        loss, counted = self._loss(batch)
+        self.train_means.update(counted)
+        return loss / batch.normalizer
+
+    def _loss(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor | int]]]:
+        """Summed loss, and what it and the diagnostics are means of."""
+        mask = batch.response_mask[:, 1:]
+        output = self(batch)
+        reference = self.reference(batch.input_ids, batch.attention_mask, batch.response_mask)
+        logps = sequence_logprobs(output.logprobs, mask)
+        chosen_logratio, rejected_logratio = (logps - sequence_logprobs(reference.logprobs, mask)).chunk(2)
+        loss = self.loss.pairs(chosen_logratio, rejected_logratio)
+        counted = self._rewards(loss, chosen_logratio, rejected_logratio) | self._diagnostics(output, logps, mask)
+        return loss.sum(), counted | {"num_tokens": (batch.attention_mask.sum(), 1)}
+
+    def _rewards(self, loss: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, tuple[Tensor, Tensor | int]]:
+        scale, pairs = self.loss.reward_scale, len(chosen)
+        return {
+            "loss": (loss.sum(), pairs),
+            "rewards/chosen": (scale * chosen.sum(), pairs),
+            "rewards/rejected": (scale * rejected.sum(), pairs),
+            "rewards/accuracies": (preference_accuracy(chosen, rejected).sum(), pairs),
+            "rewards/margins": (scale * (chosen - rejected).sum(), pairs),
+        }
+
+    def _diagnostics(self, output: PolicyOutput, logps: Tensor, mask: Tensor) -> dict[str, tuple[Tensor, Tensor | int]]:
+        pairs = len(logps) // 2
+        (chosen, rejected), (chosen_logit, rejected_logit) = mask.chunk(2), output.mean_logit.chunk(2)
+        return {
+            "logps/chosen": (logps[:pairs].sum(), pairs),
+            "logps/rejected": (logps[pairs:].sum(), pairs),
+            "logits/chosen": (masked_sum(chosen_logit, chosen), chosen.sum()),
+            "logits/rejected": (masked_sum(rejected_logit, rejected), rejected.sum()),
+            "entropy": (masked_sum(output.entropy, mask), mask.sum()),
+            "mean_token_accuracy": (output.greedy[:pairs].sum(), chosen.sum()),
+        }
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        log_step(self, optimizer, progress=("loss", "rewards/accuracies", "rewards/margins"))
+
+    def show(self, batch: PreferenceBatch, count: int) -> list[Sample]:
+        """A few sampled responses; the score is their implicit reward."""
+        assert self.policy is not None
+        responses = sampled_responses(self.policy, self.tokenizer, batch, count, self.sampling)
+        inputs = responses.input_ids, responses.attention_mask, responses.sequence_mask
+        log_ratio = self.policy(*inputs).logprobs - self.reference(*inputs).logprobs
+        return as_samples(responses, self.loss.reward_scale * log_ratio.sum(1), count)
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        self.eval_means.update(self._loss(batch)[1])
+
+    def on_validation_epoch_end(self) -> None:
+        log_evaluation(self, self.eval_means)
+
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        log_evaluation(self, self.eval_means)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_factory(self.parameters())
+        scheduler = self.schedule.attach(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["num_tokens"] = self.num_tokens
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.num_tokens = checkpoint["num_tokens"]

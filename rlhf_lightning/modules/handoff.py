@@ -1,0 +1,47 @@
+"""What a module takes over from the data module, and the checks on it."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.data.chat import ensure_chat_template
+from rlhf_lightning.data.tokenizers import load_tokenizer, repair_pad_token, same_tokenizer
+from rlhf_lightning.errors import UserError
+
+
+def training_tokenizer(module: LightningModule, *paths: str | None) -> PreTrainedTokenizerBase:
+    """The data module's tokenizer, held against that of every model folder that is handed over; else the first folder's.
+
+    Args:
+        module: The module that is being configured.
+        paths: Folders or hub ids of its models; None for one from scratch.
+
+    Raises:
+        UserError: If two differ: ids would mean one token to one network and another to the next.
+    """
+    datamodule: Any = getattr(module._trainer, "datamodule", None)
+    tokenizer = getattr(datamodule, "tokenizer", None) or getattr(module, "tokenizer", None)
+    for path in paths:
+        if path is None or not Path(path).is_dir():
+            continue
+        other = ready_tokenizer(path)
+        if tokenizer is None:
+            tokenizer = other
+        elif difference := same_tokenizer(tokenizer, other):
+            raise UserError(f"the tokenizer of {path} is not the one that the data was tokenized with: {difference}")
+    if tokenizer is None:
+        hub = [path for path in paths if path is not None]
+        if not hub:
+            raise UserError("a model from scratch needs a data module whose tokenizer it can take over")
+        tokenizer = ready_tokenizer(hub[0])
+    return tokenizer
+
+
+def ready_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """A folder's tokenizer with a usable pad token and a chat template, as every stage uses it."""
+    tokenizer = load_tokenizer(path)
+    repair_pad_token(tokenizer)
+    ensure_chat_template(tokenizer)
+    return tokenizer

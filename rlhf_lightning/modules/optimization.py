@@ -1,0 +1,54 @@
+"""Learning-rate schedules and gradient norms."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from rlhf_lightning.errors import UserError
+
+OptimizerFactory = Callable[[Iterable], Optimizer]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the learning rate is multiplied by: a linear warm-up, then a decay over the rest of the run.
+
+    Attributes:
+        warmup: Length of the warm-up, in optimizer steps (PPO: iterations).
+        decay: Shape of what follows.
+        final: Where the decay ends, as a share of the peak.
+    """
+
+    warmup: int = 0
+    decay: Literal["constant", "linear", "cosine"] = "linear"
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse schedules that no run can follow."""
+        if self.warmup < 0 or not 0 <= self.final <= 1:
+            raise UserError(f"schedule out of range: {self}; `final` is a share of the peak in [0, 1]")
+
+    def multiplier(self, step: int, total: int) -> float:
+        """The factor for step ``step`` (from 0) of ``total``."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        done = min((step - self.warmup) / max(total - self.warmup, 1), 1.0)
+        shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.decay]
+        return self.final + (1 - self.final) * shape if self.decay != "constant" else 1.0
+
+    def attach(self, optimizer: Optimizer, total: int) -> LambdaLR:
+        """A scheduler that follows this schedule over ``total`` steps."""
+        return LambdaLR(optimizer, lambda step: self.multiplier(step, total))
+
+
+def gradient_norm(network: nn.Module) -> Tensor:
+    """Euclidean norm of all gradients, before clipping. Scalar."""
+    grads = [p.grad for p in network.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded under FSDP2

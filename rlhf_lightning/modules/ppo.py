@@ -1,0 +1,311 @@
+"""Proximal policy optimisation from a reward: the third stage of classic RLHF."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.functional.kl import kl_k2
+from rlhf_lightning.functional.masked import masked_sum
+from rlhf_lightning.functional.value import explained_variance
+from rlhf_lightning.generation.engine import SamplingParameters
+from rlhf_lightning.generation.transformers_engine import TransformersEngine
+from rlhf_lightning.losses import PPOLoss
+from rlhf_lightning.models.actor_critic import ActorCritic
+from rlhf_lightning.models.frozen import Frozen
+from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
+from rlhf_lightning.models.policy import PolicyNetwork
+from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.modules.handoff import training_tokenizer
+from rlhf_lightning.modules.metrics import Means, log_evaluation, log_training
+from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule
+from rlhf_lightning.modules.rollout_metrics import EVALUATION, UPDATE, evaluation_counts, rollout_means
+from rlhf_lightning.modules.showing import Sample, as_samples
+from rlhf_lightning.rewards.reward import Reward, checked_scores
+from rlhf_lightning.rollouts.advantages import GAE, AdvantageEstimator
+from rlhf_lightning.rollouts.buffer import Rollout
+from rlhf_lightning.rollouts.collect import Responses, generate_responses, score_responses
+from rlhf_lightning.rollouts.kl_control import FixedKL, KLControl
+
+
+@dataclass(frozen=True)
+class PPOUpdate:
+    """How a rollout is learnt from.
+
+    Attributes:
+        epochs: Passes over the rollout.
+        minibatch_size: Responses an optimizer step, on one rank.
+        micro_batch_size: Responses a forward; gradients are summed, so it changes memory and nothing else.
+        target_kl: Stop the passes once the mean k2 between the policy and the one that sampled exceeds this; None never.
+        critic_lr: Learning rate of the critic; None for that of the policy.
+        max_grad_norm: Gradients of policy and critic together are clipped to this norm.
+    """
+
+    epochs: int = 4
+    minibatch_size: int = 64
+    micro_batch_size: int = 64
+    target_kl: float | None = None
+    critic_lr: float | None = None
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse an update that would not happen."""
+        if min(self.epochs, self.minibatch_size, self.micro_batch_size) < 1:
+            raise UserError(f"epochs, minibatch_size and micro_batch_size are at least 1: {self}")
+
+
+class PPOModule(LightningModule):
+    """One ``training_step`` is one iteration: collect, estimate advantages, epochs of minibatches.
+
+    Source: Ouyang et al. 2022 (https://arxiv.org/abs/2203.02155), details after Huang et al. 2024
+    (https://arxiv.org/abs/2403.17031).
+    """
+
+    def __init__(
+        self,
+        policy: ModelSpec,
+        critic: ModelSpec | None,
+        reward: Reward,
+        kl: KLControl = FixedKL(),  # noqa: B008  (never mutated: AdaptiveKL is always the user's own)
+        sampling: SamplingParameters = SamplingParameters(),  # noqa: B008  (frozen)
+        loss: PPOLoss = PPOLoss(),  # noqa: B008  (frozen)
+        advantages: AdvantageEstimator = GAE(),  # noqa: B008  (frozen)
+        update: PPOUpdate = PPOUpdate(),  # noqa: B008  (frozen)
+        optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-6, eps=1e-5),
+        schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
+    ) -> None:
+        """Remember what to build; networks are built in ``configure_model``.
+
+        Args:
+            policy: The model to align; as it starts it is also the reference.
+            critic: Where the critic starts: usually the reward model. None: a value head on the policy's own trunk.
+            reward: Scores responses.
+            kl: The weight of the KL penalty.
+            sampling: How responses are drawn, in training and in validation.
+            loss: The clipped losses.
+            advantages: From scores to advantages.
+            update: Epochs, minibatches, clipping.
+            optimizer: Makes the one optimizer of policy and critic.
+            schedule: Of the learning rates, in iterations.
+        """
+        super().__init__()
+        self.automatic_optimization = False
+        if not sampling.samples_the_policy:
+            raise UserError(
+                "PPO needs the log-probabilities of the distribution that was sampled: temperature > 0, top_p 1, top_k 0"
+            )
+        self.policy_spec, self.critic_spec, self.reward, self.kl = policy, critic, reward, kl
+        self.sampling, self.loss, self.advantages, self.update = sampling, loss, advantages, update
+        self.optimizer_factory, self.schedule = optimizer, schedule
+        self.engine = TransformersEngine()
+        self.model_path = policy.path
+        self.actor_critic: ActorCritic | None = None
+        self.iteration = self.episodes = 0
+        self.order = torch.Generator()
+        self.update_means, self.eval_means = Means(UPDATE), Means(EVALUATION)
+        self.last_rollout: tuple[Responses, Tensor] | None = None
+
+    def configure_model(self) -> None:
+        """Load policy, critic and reference, once."""
+        if self.actor_critic is not None:
+            return
+        critic_path = self.critic_spec.path if self.critic_spec else None
+        self.tokenizer = training_tokenizer(self, self.policy_spec.path, critic_path)
+        policy = PolicyNetwork(load_causal_lm(self.policy_spec, self.tokenizer))
+        critic = ScalarModel(load_scalar_model(self.critic_spec, self.tokenizer)) if self.critic_spec else None
+        reference = PolicyNetwork(load_causal_lm(self.policy_spec, self.tokenizer))
+        reference.load_state_dict(policy.state_dict())
+        self.actor_critic, self.reference = ActorCritic(policy, critic), Frozen(reference)
+
+    def on_fit_start(self) -> None:
+        if str(self.trainer.precision).startswith("16"):
+            raise UserError("PPO clips its own gradients and can't unscale float16 ones; use precision bf16-mixed or 32-true")
+        self._place()
+
+    def _place(self) -> None:
+        self.reference.to(self.device)
+        self.reward.prepare(self.device)
+
+    def on_validation_start(self) -> None:
+        if not self.trainer.training and not self.trainer.sanity_checking:
+            self._place()
+
+    on_test_start = on_validation_start
+
+    # ---------------------------------------------------------------- one iteration
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        rollout = self._collect(batch)
+        rollout = self.advantages.estimate(rollout, kl_coef=self.kl.coef, all_sum=self._all_sum)
+        stopped = self._learn(rollout)
+        self._finish(rollout, stopped)
+
+    def _collect(self, batch: PromptBatch) -> Rollout:
+        assert self.actor_critic is not None
+        responses = self._generate(batch, self.sampling)
+        rollout = score_responses(
+            responses,
+            self.actor_critic,
+            self.reference,
+            self.reward,
+            temperature=self.sampling.temperature,
+            micro_batch_size=self.update.micro_batch_size,
+        )
+        self.last_rollout = responses, rollout.scores
+        return rollout
+
+    def _generate(self, batch: PromptBatch, sampling: SamplingParameters) -> Responses:
+        assert self.actor_critic is not None
+        return generate_responses(batch, self.actor_critic.policy.network, self.tokenizer, self.engine, sampling)
+
+    def _learn(self, rollout: Rollout) -> bool:
+        """Epochs of minibatches; True if the KL stopped them early."""
+        for _ in range(self.update.epochs):
+            for minibatch in rollout.minibatches(self.update.minibatch_size, self.order):
+                approx_kl = self._step(minibatch)
+                if self.update.target_kl is not None and approx_kl > self.update.target_kl:
+                    return True
+        return False
+
+    def _step(self, minibatch: Rollout) -> float:
+        """One optimizer step on the token mean over the minibatch, all ranks together; the approximate KL before it."""
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        tokens = self._all_sum(minibatch.response_mask.sum())
+        log_ratio_squares = torch.zeros((), device=self.device)
+        for micro in minibatch.micro_batches(self.update.micro_batch_size):
+            loss, squares = self._micro_loss(micro)
+            # DDP averages gradients over ranks: times the world size makes it a sum, over all ranks' tokens.
+            self.manual_backward(loss * self.trainer.world_size / tokens)
+            log_ratio_squares += squares
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.update.max_grad_norm)
+        self.update_means.update({"grad_norm": (norm, 1)})
+        optimizer.step()
+        return float(self._all_sum(log_ratio_squares) / tokens)
+
+    def _micro_loss(self, rows: Rollout) -> tuple[Tensor, Tensor]:
+        """PPO's loss summed over the response tokens, and the summed k2 to the policy that sampled."""
+        assert self.actor_critic is not None
+        mask, width = rows.response_mask, rows.response_mask.shape[1]
+        output = self.actor_critic(
+            rows.input_ids,
+            rows.attention_mask,
+            rows.sequence_mask,
+            temperature=self.sampling.temperature,
+            entropy_gradient=self.loss.entropy_coef > 0,
+        )
+        logprobs, values, entropy = (x[:, -width:] for x in (output.logprobs, output.values, output.entropy))
+        policy, policy_clipped = self.loss.policy(logprobs, rows.logprobs, rows.advantages, mask)
+        value, value_clipped = self.loss.value(values, rows.values, rows.returns, mask)
+        log_ratio = (logprobs - rows.logprobs).detach().masked_fill(~mask, 0)
+        squares, ratio, tokens = kl_k2(log_ratio).sum(), log_ratio.exp(), mask.sum()
+        counted = {
+            "policy/approxkl_avg": squares,
+            "policy/clipfrac_avg": policy_clipped,
+            "policy/entropy_avg": masked_sum(entropy, mask),
+            "loss/policy_avg": policy,
+            "loss/value_avg": value,
+            "val/clipfrac_avg": value_clipped,
+            "val/ratio": masked_sum(ratio, mask),
+            "val/ratio_squared": masked_sum(ratio.square(), mask),
+        }
+        self.update_means.update({name: (total, tokens) for name, total in counted.items()})
+        return self.loss.total(policy, value, entropy, mask), squares
+
+    def _finish(self, rollout: Rollout, stopped: bool) -> None:
+        """Schedules, counters, KL control and the log."""
+        scheduler: Any = self.lr_schedulers()
+        means = rollout_means(rollout, self.kl.coef, self._all_sum)
+        updates = self.update_means.compute()
+        updates["val/ratio_var"] = updates.pop("val/ratio_squared") - updates["val/ratio"].square()
+        rates = scheduler.get_last_lr()
+        self.update_means.reset()
+        self.iteration += 1
+        self.episodes += int(means.pop("episodes"))
+        log_training(
+            self,
+            {
+                **means,
+                **updates,
+                "val/explained_variance": explained_variance(rollout.values, rollout.returns, rollout.response_mask),
+                "kl_coef": self.kl.coef,
+                "lr": rates[0],
+                "critic_lr": rates[-1],
+                "eps": self.loss.clip_range,
+                "episode": self.episodes,
+                "iteration": self.iteration,
+                "early_stop": float(stopped),
+            },
+            progress=("objective/scores", "objective/kl", "objective/length"),
+        )
+        self.kl.update(float(means["objective/kl"]), int(self._all_sum(torch.tensor(float(len(rollout)), device=self.device))))
+        scheduler.step()
+
+    def show(self, batch: PromptBatch, count: int) -> list[Sample]:
+        """Responses of the last iteration with their rewards."""
+        return as_samples(*self.last_rollout, count) if self.last_rollout else []
+
+    # ---------------------------------------------------------------- validation
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Answer fixed prompts, greedily and sampled from a fixed seed: the training's random numbers are not touched."""
+        assert self.actor_critic is not None
+        modes = {"sampled": self.sampling, "greedy": SamplingParameters(self.sampling.max_new_tokens, temperature=0)}
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(batch_idx)
+            for mode, sampling in modes.items():
+                responses = self._generate(batch, sampling)
+                scores = checked_scores(self.reward, responses.samples).to(self.device)
+                inputs = responses.input_ids, responses.attention_mask, responses.sequence_mask
+                policy = self.actor_critic.policy(*inputs, temperature=self.sampling.temperature)
+                reference = self.reference(*inputs, temperature=self.sampling.temperature)
+                log_ratio = policy.logprobs - reference.logprobs
+                self.eval_means.update(evaluation_counts(mode, responses, scores, log_ratio))
+
+    def on_validation_epoch_end(self) -> None:
+        log_evaluation(self, self.eval_means)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        log_evaluation(self, self.eval_means)
+
+    # ---------------------------------------------------------------- optimizer and state
+
+    def configure_optimizers(self) -> Any:
+        assert self.actor_critic is not None
+        optimizer = self.optimizer_factory(self.actor_critic.parameter_groups(self.update.critic_lr))
+        return [optimizer], [self.schedule.attach(optimizer, self._iterations())]
+
+    def _iterations(self) -> int:
+        """How many iterations the run will have, for the schedule: the smaller of what steps and epochs allow."""
+        batch_size = self.trainer.datamodule.batch_size if getattr(self.trainer, "datamodule", None) else 1
+        steps = self.update.epochs * math.ceil(batch_size / self.update.minibatch_size)
+        limits = [self.trainer.estimated_stepping_batches]
+        if self.trainer.max_steps > 0:
+            limits.append(self.trainer.max_steps // steps)
+        return max(int(min(limits)), 1)
+
+    def _all_sum(self, x: Tensor) -> Tensor:
+        """Sum over ranks."""
+        return self.trainer.strategy.reduce(x.clone(), reduce_op="sum") if self.trainer.world_size > 1 else x
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["ppo"] = {
+            "iteration": self.iteration,
+            "episodes": self.episodes,
+            "kl_coef": self.kl.coef,
+            "order": self.order.get_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["ppo"]
+        self.iteration, self.episodes, self.kl.coef = state["iteration"], state["episodes"], state["kl_coef"]
+        self.order.set_state(state["order"])

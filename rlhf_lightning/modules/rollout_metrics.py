@@ -1,0 +1,73 @@
+"""What an online method logs of its rollouts and validations, under the names that TRL's users know."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.functional.kl import kl_k3
+from rlhf_lightning.functional.masked import masked_sum
+from rlhf_lightning.rollouts.buffer import Rollout
+from rlhf_lightning.rollouts.collect import Responses
+
+UPDATE = (
+    "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg", "loss/value_avg",
+    "val/clipfrac_avg", "val/ratio", "val/ratio_squared", "grad_norm",
+)  # fmt: skip
+MODES = ("sampled", "greedy")
+EVALUATION = tuple(f"{mode}/{name}" for mode in MODES for name in ("score", "kl", "length", "truncated"))
+
+
+def rollout_means(rollout: Rollout, kl_coef: float, all_sum: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Means over the responses of an iteration, all ranks together.
+
+    Sign: ``objective/non_score_reward`` is minus the KL penalty, and ``objective/rlhf_reward`` is score plus that.
+
+    Args:
+        rollout: The iteration's responses.
+        kl_coef: Weight of the KL penalty.
+        all_sum: Sums a tensor over ranks.
+
+    Returns:
+        Scalars by name. ``objective/kl`` and ``objective/entropy`` are sums over a response, in nats;
+        ``objective/kl_k3`` estimates the same KL without ever being negative; ``episodes`` counts responses.
+    """
+    mask, log_ratio = rollout.response_mask, rollout.logprobs - rollout.ref_logprobs
+    kl, scores = masked_sum(log_ratio, mask, dim=1), rollout.scores
+    per_response = {
+        "objective/kl": kl,
+        "objective/kl_k3": masked_sum(kl_k3(log_ratio), mask, dim=1),
+        "objective/entropy": masked_sum(rollout.entropy, mask, dim=1),
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": scores - kl_coef * kl,
+        "objective/scores": scores,
+        "objective/scores_squared": scores.square(),
+        "objective/length": mask.sum(dim=1).float(),
+        "objective/truncated": rollout.truncated.float(),
+        "val/num_eos_tokens": (~rollout.truncated).float(),
+    }
+    stacked = torch.stack([x.sum().float() for x in per_response.values()])
+    count = all_sum(torch.tensor(float(len(rollout)), device=stacked.device))
+    means = dict(zip(per_response, all_sum(stacked) / count, strict=True))
+    variance = means.pop("objective/scores_squared") - means["objective/scores"].square()
+    return {**means, "objective/scores_std": variance.clamp(min=0).sqrt(), "episodes": count}
+
+
+def evaluation_counts(
+    mode: str, responses: Responses, scores: Tensor, log_ratio: Tensor
+) -> dict[str, tuple[Tensor, Tensor | int]]:
+    """Sums and counts of one validation batch.
+
+    Args:
+        mode: "sampled" or "greedy". The KL of greedy responses is that of their tokens, not a divergence.
+        responses: The answers to the fixed prompts.
+        scores: Shape (batch,).
+        log_ratio: log policy - log reference, aligned with ``input_ids[:, 1:]``, zero off the response.
+    """
+    rows = len(scores)
+    return {
+        f"{mode}/score": (scores.sum(), rows),
+        f"{mode}/kl": (log_ratio.sum(), rows),
+        f"{mode}/length": (responses.response_mask.sum(), rows),
+        f"{mode}/truncated": (responses.truncated.sum(), rows),
+    }

@@ -1,0 +1,59 @@
+"""Samples for a person to read: what a module says to a few prompts, and what it thinks of that."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.batches import PreferenceBatch, PromptBatch, SequenceBatch
+from rlhf_lightning.data.collate import pad_right
+from rlhf_lightning.generation.engine import SamplingParameters
+from rlhf_lightning.generation.transformers_engine import TransformersEngine
+from rlhf_lightning.models.policy import PolicyNetwork
+from rlhf_lightning.rollouts.collect import Responses, generate_responses
+
+
+class Sample(NamedTuple):
+    """One line of a sample table; what the score is, the module says."""
+
+    prompt: str
+    response: str
+    score: float
+
+
+def sampled_responses(
+    policy: PolicyNetwork,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: SequenceBatch | PreferenceBatch,
+    count: int,
+    sampling: SamplingParameters,
+) -> Responses:
+    """Answer the first prompts of an offline batch, drawn from a fixed seed so that two looks can be compared."""
+    prompts = prompt_batch(tokenizer, batch, count)
+    device = batch.input_ids.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return generate_responses(prompts, policy.network, tokenizer, TransformersEngine(), sampling)
+
+
+def prompt_batch(tokenizer: PreTrainedTokenizerBase, batch: SequenceBatch | PreferenceBatch, count: int) -> PromptBatch:
+    """What stands before the first response token of each row; the beginning of the text where everything is learnt."""
+    prompts = []
+    for ids, mask in zip(batch.input_ids[:count], batch.response_mask[:count], strict=True):
+        prompts.append(ids[: max(int(mask.long().argmax()), 1)].tolist())
+    flipped, attention = pad_right([p[::-1] for p in prompts], int(tokenizer.pad_token_id))
+    texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    device = batch.input_ids.device
+    return PromptBatch(flipped.flip(1).to(device), attention.flip(1).to(device), texts, {})
+
+
+def as_samples(responses: Responses, scores: Tensor, count: int) -> list[Sample]:
+    """The first of the responses with their scores."""
+    samples = responses.samples
+    prompts = [prompt if isinstance(prompt, str) else _last_turn(prompt) for prompt in samples.prompts[:count]]
+    return [Sample(*row) for row in zip(prompts, samples.completions, scores.tolist(), strict=False)]
+
+
+def _last_turn(messages: list[dict[str, Any]]) -> str:
+    return str(messages[-1]["content"])

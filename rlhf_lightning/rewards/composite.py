@@ -1,0 +1,33 @@
+"""Several rewards at once."""
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.rewards.reward import Reward, Samples, checked_scores
+
+
+class WeightedRewards(Reward):
+    """The weighted sum of several rewards; each one's mean is logged under its own name."""
+
+    def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
+        """Args: the rewards, and a weight each (1 if not given)."""
+        self.rewards = rewards
+        self.weights = weights if weights is not None else [1.0] * len(rewards)
+        if not rewards or len(self.weights) != len(rewards):
+            raise UserError(f"{len(rewards)} rewards and {len(self.weights)} weights; give one weight a reward")
+
+    def prepare(self, device: torch.device | str) -> None:
+        for reward in self.rewards:
+            reward.prepare(device)
+
+    def score(self, samples: Samples) -> Tensor:
+        return sum((w * s.cpu() for w, s in zip(self.weights, self.parts(samples).values(), strict=True)), torch.tensor(0.0))
+
+    def parts(self, samples: Samples) -> dict[str, Tensor]:
+        """Each reward's own scores, by a name that is unique."""
+        named: dict[str, Tensor] = {}
+        for reward in self.rewards:
+            name = reward.name if reward.name not in named else f"{reward.name}_{len(named)}"
+            named[name] = checked_scores(reward, samples)
+        return named

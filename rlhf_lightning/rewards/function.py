@@ -1,0 +1,88 @@
+"""A plain Python function as a reward, with the signature that TRL's users have."""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.rewards.reward import Reward, Samples
+
+
+class FunctionReward(Reward):
+    """``f(prompts, completions, completion_ids, **columns) -> list[float]``.
+
+    ``completions`` are texts for text prompts and ``[{"role": "assistant", "content": text}]`` for conversations. Only the
+    arguments that the function names are passed, all of them if it takes ``**kwargs``.
+    """
+
+    def __init__(self, function: str | Callable[..., Any]) -> None:
+        """Find the function.
+
+        Args:
+            function: The function, or where it stands: ``package.module.name`` or ``path/to/file.py:name``.
+
+        Raises:
+            UserError: If it can't be found or is not callable.
+        """
+        self.function = _find(function) if isinstance(function, str) else function
+        parameters = inspect.signature(self.function).parameters.values()
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._takes = {p.name for p in parameters}
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def score(self, samples: Samples) -> Tensor:
+        completions = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(samples.prompts, samples.completions, strict=True)
+        ]
+        given = {
+            **samples.columns,
+            "prompts": samples.prompts,
+            "completions": completions,
+            "completion_ids": samples.completion_ids,
+        }
+        result = self.function(**{k: v for k, v in given.items() if self._takes_all or k in self._takes})
+        if not isinstance(result, list | tuple | Tensor):
+            raise UserError(f"{self.name} returned {type(result).__name__}; return a list with one number a response")
+        if isinstance(result, Tensor):
+            return result
+        try:
+            return torch.tensor([float(x) for x in result])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self.name} returned something that is not a number: {error}") from error
+
+
+def _find(where: str) -> Callable[..., Any]:
+    module_name, _, name = where.rpartition(":" if ":" in where else ".")
+    if not module_name:
+        raise UserError(f"{where!r} names no function; write package.module.name or path/to/file.py:name")
+    try:
+        module = _module_from_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{where}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"{module_name} holds no function {name!r}")
+    return function
+
+
+def _module_from_file(path: str) -> Any:
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} can't be imported as Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,77 @@
+"""A trained reward model as a reward, with its own tokenizer and template."""
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rlhf_lightning.data.chat import ensure_chat_template
+from rlhf_lightning.data.tokenization import encode_pair
+from rlhf_lightning.data.tokenizers import load_tokenizer, repair_pad_token
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.frozen import Frozen
+from rlhf_lightning.models.loading import load_scalar_model
+from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.rewards.reward import Reward, Samples
+
+
+class RewardModelReward(Reward):
+    """Scores text with an exported reward model: the policy may have another tokenizer and another template."""
+
+    def __init__(self, path: str, batch_size: int = 64, dtype: str = "float32") -> None:
+        """Remember where the model is; it is loaded when training begins.
+
+        Args:
+            path: Folder that a ``RewardModelModule`` run exported, or hub id.
+            batch_size: Responses a forward.
+            dtype: Of the weights.
+        """
+        self.spec = ModelSpec(path=path, dtype=dtype)  # type: ignore[arg-type]
+        self.path = path
+        self.batch_size = batch_size
+        self.model: Frozen | None = None
+
+    @property
+    def name(self) -> str:
+        return "reward_model"
+
+    def prepare(self, device: torch.device | str) -> None:
+        """Load model and tokenizer.
+
+        Raises:
+            UserError: If the folder is missing or its scalar head is not in the checkpoint.
+        """
+        self.tokenizer = load_tokenizer(self.path)
+        repair_pad_token(self.tokenizer)
+        ensure_chat_template(self.tokenizer)
+        self.model = Frozen(ScalarModel(load_scalar_model(self.spec, self.tokenizer))).to(device)
+        self.device = torch.device(device)
+
+    def score(self, samples: Samples) -> Tensor:
+        if self.model is None:
+            raise UserError("RewardModelReward.prepare(device) comes before score")
+        sequences = [
+            self._encode(prompt, text, cut)
+            for prompt, text, cut in zip(samples.prompts, samples.completions, samples.truncated, strict=True)
+        ]
+        # By length, so that a batch holds little padding.
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        scores = torch.empty(len(sequences))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            scores[rows] = self._forward([sequences[i] for i in rows]).cpu()
+        return scores
+
+    def _encode(self, prompt: object, text: str, truncated: bool) -> Tensor:
+        response = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        encoded = encode_pair(self.tokenizer, prompt, response)
+        # A response that never ended is shown to the reward model without the end that it lacks.
+        response_ids = encoded.response_ids[:-1] if truncated else encoded.response_ids
+        return torch.tensor([*encoded.prompt_ids, *response_ids])
+
+    def _forward(self, sequences: list[Tensor]) -> Tensor:
+        assert self.model is not None
+        ids = pad_sequence(sequences, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        lengths = torch.tensor([len(s) for s in sequences])
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        return self.model(ids.to(self.device), mask.to(self.device))

@@ -1,0 +1,1 @@
+"""From prompts to scored responses, and the buffer that an update reads."""

@@ -1,0 +1,77 @@
+"""The rollout buffer: everything one PPO iteration learns from, one row a response."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Detached tensors; per-token ones are zero off the response. P is the prompt width, T the response width.
+
+    Attributes:
+        input_ids: Left-padded prompt, then right-padded response. Shape (batch, P + T), int64.
+        attention_mask: True on real tokens. Same shape, bool.
+        sequence_mask: True on response tokens up to and including EOS. Same shape, bool.
+        response_mask: The last T columns of ``sequence_mask``. Shape (batch, T), bool.
+        truncated: True where the response was cut off before EOS. Shape (batch,), bool.
+        logprobs: Of the policy that sampled. Shape (batch, T), nats.
+        ref_logprobs: Of the reference. Shape (batch, T), nats.
+        entropy: Of the policy's distributions. Shape (batch, T), nats.
+        values: Of the critic, before each token. Shape (batch, T).
+        scores: Raw rewards of whole responses. Shape (batch,).
+        advantages: What the policy gradient is weighted with; zeros until they are computed. Shape (batch, T).
+        returns: The critic's targets; zeros until they are computed. Shape (batch, T).
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    sequence_mask: Tensor
+    response_mask: Tensor
+    truncated: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+    scores: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def with_advantages(self, advantages: Tensor, returns: Tensor) -> "Rollout":
+        """The same rollout with what the update needs."""
+        return replace(self, advantages=advantages, returns=returns)
+
+    def rows(self, index: Tensor) -> "Rollout":
+        """Some of the rows, in this order."""
+        return Rollout(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def trimmed(self) -> "Rollout":
+        """Without the columns in which no row has a token: prompt columns on the left, response columns on the right."""
+        prompt_width = self.input_ids.shape[1] - self.response_mask.shape[1]
+        left = int(self.attention_mask.any(dim=0).long().argmax())
+        width = int(self.response_mask.any(dim=0).sum())
+        cut: dict[str, Tensor] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("input_ids", "attention_mask", "sequence_mask"):
+                value = value[:, left : prompt_width + width]
+            elif value.dim() == 2:
+                value = value[:, :width]
+            cut[f.name] = value
+        return Rollout(**cut)
+
+    def minibatches(self, size: int, generator: torch.Generator) -> Iterator["Rollout"]:
+        """The rows in a fresh random order, ``size`` at a time (the last one may be smaller)."""
+        order = torch.randperm(len(self), generator=generator).to(self.input_ids.device)
+        for index in order.split(size):
+            yield self.rows(index)
+
+    def micro_batches(self, size: int) -> Iterator["Rollout"]:
+        """Consecutive rows, ``size`` at a time, each trimmed to its own width."""
+        for index in torch.arange(len(self), device=self.input_ids.device).split(size):
+            yield self.rows(index).trimmed()

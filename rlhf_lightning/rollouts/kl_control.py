@@ -1,0 +1,42 @@
+"""How strong the pull to the reference is, iteration by iteration."""
+
+from abc import ABC, abstractmethod
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.functional.rewards import adaptive_kl_coef
+
+
+class KLControl(ABC):
+    """Holds the KL coefficient."""
+
+    coef: float
+
+    @abstractmethod
+    def update(self, kl: float, episodes: int) -> None:
+        """Take note of an iteration: its mean KL of a whole response in nats, and how many responses it had."""
+
+
+class FixedKL(KLControl):
+    """A constant coefficient."""
+
+    def __init__(self, coef: float = 0.05) -> None:
+        """Args: the coefficient, >= 0."""
+        if coef < 0:
+            raise UserError(f"the KL coefficient must not be negative, not {coef}")
+        self.coef = coef
+
+    def update(self, kl: float, episodes: int) -> None:
+        """Nothing changes."""
+
+
+class AdaptiveKL(KLControl):
+    """Steers the KL to a target: :func:`rlhf_lightning.functional.rewards.adaptive_kl_coef`."""
+
+    def __init__(self, init: float = 0.15, target: float = 6.0, horizon: float = 10_000) -> None:
+        """Args: the first coefficient, the target in nats a response, and the episodes it takes to react in full."""
+        if min(init, target, horizon) <= 0:
+            raise UserError(f"AdaptiveKL needs positive numbers, not {init=}, {target=}, {horizon=}")
+        self.coef, self.target, self.horizon = init, target, horizon
+
+    def update(self, kl: float, episodes: int) -> None:
+        self.coef = adaptive_kl_coef(self.coef, kl, target=self.target, horizon=self.horizon, episodes=episodes)
