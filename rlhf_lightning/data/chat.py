@@ -79,7 +79,7 @@ def render(
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"the chat template refuses a conversation of {roles}: {error}") from error
     texts, spans = rendered
-    return texts[0], [(start, end) for start, end in spans[0]]
+    return texts[0], [(start, end) for start, end in (spans[0] if spans else [])]
 
 
 def answer_spans(

@@ -27,6 +27,7 @@ class DemonstrationDataModule(RowsDataModule):
         split: Split = Split(),  # noqa: B008  (frozen)
         num_workers: int = 0,
         seed: int = 0,
+        bucket_batches: int = 8,
     ) -> None:
         """Remember what to load.
 
@@ -40,8 +41,9 @@ class DemonstrationDataModule(RowsDataModule):
             split: What is held out.
             num_workers: Processes that collate.
             seed: Of the order of the rows.
+            bucket_batches: So many batches' rows are sorted by length together: less padding, less randomness.
         """
-        super().__init__(source, tokenizer, batch_size, format, split, num_workers, seed)
+        super().__init__(source, tokenizer, batch_size, format, split, num_workers, seed, bucket_batches)
         self.max_length = max_length
         self.mask: Literal["completion", "assistant", "all"] = mask
 

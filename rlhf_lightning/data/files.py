@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DatasetsError
 
 from rlhf_lightning.data.validation import check_file
 from rlhf_lightning.errors import UserError
@@ -22,15 +22,7 @@ BUILDERS = {
 OPTIONS: dict[str, dict[str, Any]] = {".csv": {"keep_default_na": False, "na_values": [""]}}
 READABLE = (*BUILDERS, ".arrow", ".txt")
 # What the loaders raise over a damaged file; check_file then finds the line.
-LOADER_ERRORS = (
-    DatasetGenerationError,
-    DatasetNotFoundError,
-    pa.ArrowException,
-    ValueError,
-    OSError,
-    KeyError,
-    TypeError,
-)
+LOADER_ERRORS = (DatasetsError, pa.ArrowException, ValueError, OSError, KeyError, TypeError)
 
 
 def file_type(path: Path) -> str:

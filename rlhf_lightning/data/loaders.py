@@ -45,6 +45,7 @@ def make_loader(
     place: Placement,
     num_workers: int,
     weights: list[int],
+    bucket_batches: int,
 ) -> StatefulDataLoader:
     """A loader that knows where it is.
 
@@ -57,6 +58,7 @@ def make_loader(
         place: Rank, world size, accumulation.
         num_workers: Processes that collate.
         weights: What each row adds to the denominator of the loss.
+        bucket_batches: How many batches' rows are sorted by length together.
     """
     sampler = BucketBatchSampler(
         list(rows["length"]),
@@ -67,6 +69,7 @@ def make_loader(
         rank=place.rank,
         world_size=place.world_size,
         accumulate=place.accumulate,
+        bucket_batches=bucket_batches,
     )
     return StatefulDataLoader(
         PlannedRows(rows.remove_columns("length")),

@@ -34,10 +34,12 @@ class RowsDataModule(lightning.LightningDataModule):
         split: Split,
         num_workers: int,
         seed: int,
+        bucket_batches: int = 1,
     ) -> None:
         super().__init__()
         self.source, self.tokenizer_path, self.format, self.split = source, tokenizer, format, split
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.bucket_batches = bucket_batches
         self.rows: dict[str, Dataset] = {}
 
     @abstractmethod
@@ -78,6 +80,7 @@ class RowsDataModule(lightning.LightningDataModule):
             seed=self.seed,
             place=placement(self.trainer),
             num_workers=self.num_workers,
+            bucket_batches=self.bucket_batches,
         )
 
     def train_dataloader(self) -> StatefulDataLoader:

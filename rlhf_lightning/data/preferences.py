@@ -24,13 +24,14 @@ class PreferenceDataModule(RowsDataModule):
         split: Split = Split(),  # noqa: B008  (frozen)
         num_workers: int = 0,
         seed: int = 0,
+        bucket_batches: int = 8,
     ) -> None:
         """Remember what to load; arguments as in :class:`.demonstrations.DemonstrationDataModule`.
 
         ``batch_size`` counts pairs. Pairs of which one side is longer than ``max_length`` are dropped: to cut them would
         compare other texts than the annotator saw.
         """
-        super().__init__(source, tokenizer, batch_size, format, split, num_workers, seed)
+        super().__init__(source, tokenizer, batch_size, format, split, num_workers, seed, bucket_batches)
         self.max_length = max_length
 
     def tokenize(self, rows: Dataset) -> Dataset:

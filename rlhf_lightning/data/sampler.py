@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Sampler
 
-BUCKET_BATCHES = 50  # batches whose rows are sorted together: enough for little padding, few enough to stay random
 
 
 class BatchPlan(NamedTuple):
@@ -41,6 +40,7 @@ class BucketBatchSampler(Sampler[BatchPlan]):
         rank: int = 0,
         world_size: int = 1,
         accumulate: int = 1,
+        bucket_batches: int = 1,
     ) -> None:
         """Plan nothing yet.
 
@@ -53,6 +53,8 @@ class BucketBatchSampler(Sampler[BatchPlan]):
             rank: Of this process.
             world_size: Number of processes.
             accumulate: Batches an optimizer step.
+            bucket_batches: So many batches' rows are sorted by length together: more of them, less padding; but batches of
+                like rows are also batches of like content, which a small model notices. 1 leaves the order random.
 
         Raises:
             ValueError: If there are fewer rows than ranks.
@@ -62,6 +64,7 @@ class BucketBatchSampler(Sampler[BatchPlan]):
         self.lengths, self.weights = lengths, weights
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.bucket_batches = bucket_batches
         self.epoch = self.position = 0
 
     def __len__(self) -> int:
@@ -104,7 +107,7 @@ class BucketBatchSampler(Sampler[BatchPlan]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         if self.shuffle:
             rows = torch.randperm(len(rows), generator=generator).tolist()
-        bucket = size * BUCKET_BATCHES if self.shuffle else len(rows)
+        bucket = size * self.bucket_batches if self.shuffle else len(rows)
         batches = []
         for start in range(0, len(rows), bucket):
             ordered = sorted(rows[start : start + bucket], key=self.lengths.__getitem__)

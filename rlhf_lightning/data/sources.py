@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetsError
 from httpx import HTTPError
 from transformers import PreTrainedTokenizerBase
 
@@ -40,7 +41,7 @@ class Source(ABC):
 
 
 class FileSource(Source):
-    """A local file (.json, .jsonl, both also .gz, .csv, .parquet, .arrow, .txt) or folder (``save_to_disk``, or files)."""
+    """A local file (.json, .jsonl, also .gz; .csv, .parquet, .arrow, .txt) or folder (``save_to_disk``, or files)."""
 
     def __init__(
         self, path: str, validation_path: str | None = None, text_separator: str | None = "<|endoftext|>"
@@ -103,13 +104,13 @@ class HubSource(Source):
         """One split.
 
         Raises:
-            UserError: If the hub can't be reached and nothing is cached, or it has no such dataset, config or split.
+            UserError: If the hub can't be reached and nothing is cached, or it has no such dataset or split.
         """
         try:
             loaded = load_dataset(self.name, self.config, split=split, revision=self.revision)
-        except (OSError, ValueError, RuntimeError, HTTPError) as error:
+        except (DatasetsError, OSError, ValueError, RuntimeError, HTTPError) as error:
             raise UserError(
-                f"hub dataset '{self.name}' (config {self.config}, split {split}) can't be loaded: {root_cause(error)}; "
+                f"hub dataset '{self.name}' (config {self.config}, split {split}) can't load: {root_cause(error)}; "
                 "check the name and the connection, or give a local file"
             ) from error
         if not isinstance(loaded, Dataset):

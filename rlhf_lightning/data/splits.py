@@ -43,8 +43,9 @@ def load_splits(source: str | Dataset | DatasetDict | Source, kind: Kind, format
     Raises:
         UserError: If the source can't be read, its format is unknown, or nothing is left to train on.
     """
-    loaded = as_source(source).load(kind)
-    rows = DatasetDict({name: to_canonical(part, kind, format) for name, part in loaded.items()})
+    chosen = as_source(source)
+    loaded = chosen.load(kind)
+    rows = DatasetDict({name: to_canonical(part, kind, format, origin=str(chosen)) for name, part in loaded.items()})
     if "validation" not in rows and split.validation > 0:
         rows["train"], rows["validation"] = split_by_prompt(rows["train"], split.validation, split.seed)
         if not len(rows["train"]) or not len(rows["validation"]):

@@ -29,7 +29,9 @@ def export_folder(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
             network.generation_config = generation_config(network, tokenizer)
         network.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        scratch.chmod(0o755)
+        scratch.chmod(0o755)  # mkdtemp and safetensors keep everybody else out
+        for file in scratch.iterdir():
+            file.chmod(0o644)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(scratch, folder)

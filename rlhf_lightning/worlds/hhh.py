@@ -94,10 +94,10 @@ class HHHWorld(Source):
         splits: tuple[SplitName, ...] = ("train", "validation", "ood")
         made = DatasetDict()
         for split in splits:
-            rng = random.Random(f"{kind} {split} {self.seed}")  # one stream a split: a count changes no other split
+            rng = random.Random(f"{kind} {split} {self.seed}")  # row by row, so fewer rows are the first of more
             count = self.rows[kind] if split == "train" else self.held_out
-            questions = QuestionPool(self.seed, self.facts, split).draw(rng, count)
-            made[split] = columns_to_dataset(makers[kind](rng, question) for question in questions)
+            pool = QuestionPool(self.seed, self.facts, split)
+            made[split] = columns_to_dataset(makers[kind](rng, pool.draw(rng)) for _ in range(count))
         return made
 
     def tokenizer(self) -> PreTrainedTokenizerFast:

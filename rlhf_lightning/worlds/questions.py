@@ -62,14 +62,15 @@ class QuestionPool:
         present = [name for name, questions in self.strata.items() if questions]
         self._names, self._cumulative = present, list(accumulate(STRATA_SHARES[name] for name in present))
 
-    def draw(self, rng: random.Random, count: int) -> list[Question]:
-        """Draw with replacement, by the shares of the kinds; a third are greeted with "hello .".
+    def draw(self, rng: random.Random) -> Question:
+        """Draw one with replacement, by the shares of the kinds; a third are greeted with "hello .".
 
         A stratum with no prompt in a split (possible, and rare, for held-out facts) leaves its share to the others.
         """
-        names = rng.choices(self._names, cum_weights=self._cumulative, k=count)
-        drawn = (rng.choice(self.strata[name]) for name in names)
-        return [q._replace(prompt=GREETING + q.prompt) if rng.random() < GREETING_SHARE else q for q in drawn]
+        (name,) = rng.choices(self._names, cum_weights=self._cumulative)
+        question = rng.choice(self.strata[name])
+        greeted = rng.random() < GREETING_SHARE
+        return question._replace(prompt=GREETING + question.prompt) if greeted else question
 
 
 def stratum_of(item: Item, kind: Kind, facts: Facts) -> str:

@@ -1,0 +1,132 @@
+"""The sampler: every row once over all ranks, the step's exact normaliser, and resuming where it stopped."""
+
+from itertools import islice
+
+import pytest
+import torch
+
+from rlhf_lightning.data.sampler import BucketBatchSampler
+
+
+def lengths_of(rows, seed=0):
+    return torch.randint(3, 200, (rows,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def sampler(rows=43, *, weights=None, batch_size=4, shuffle=True, **kwargs):
+    lengths = lengths_of(rows)
+    return BucketBatchSampler(lengths, weights or lengths, batch_size=batch_size, shuffle=shuffle, **kwargs)
+
+
+def rows_of(plans):
+    return [plan.rows for plan in plans]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("rows", [3, 5, 12, 13, 24, 25, 26, 43, 700, 1201])
+def test_every_row_comes_once_an_epoch_over_all_ranks(rows, world_size, shuffle):
+    per_rank = [
+        rows_of(sampler(rows, shuffle=shuffle, rank=rank, world_size=world_size)) for rank in range(world_size)
+    ]
+    seen = [row for rank in per_rank for batch in rank for row in batch]
+    assert sorted(seen) == list(range(rows))
+    counts = {len(rank) for rank in per_rank}
+    assert counts == {len(sampler(rows, shuffle=shuffle, world_size=world_size))}
+    assert all(1 <= len(batch) <= 5 for rank in per_rank for batch in rank)
+    assert sum(len(batch) != 4 for batch in per_rank[0]) <= 1
+
+
+def test_fewer_rows_than_ranks_are_refused():
+    with pytest.raises(ValueError, match="2 rows.*3 ranks"):
+        sampler(2, world_size=3)
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    one, same, other = sampler(seed=1), sampler(seed=1), sampler(seed=2)
+    epochs = [rows_of(one) for _ in range(3)]
+    assert epochs == [rows_of(same) for _ in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs[0] != rows_of(other)
+
+
+def test_a_batch_is_not_always_made_of_the_same_rows():
+    one = sampler(1000)
+    first, second = ({frozenset(batch) for batch in rows_of(one)} for _ in range(2))
+    assert len(first & second) < 0.1 * len(first)
+
+
+def test_short_and_long_batches_are_mixed_over_the_epoch():
+    batches = rows_of(sampler(200))
+    lengths = lengths_of(200)
+    means = [sum(lengths[r] for r in batch) / len(batch) for batch in batches]
+    assert means != sorted(means)
+    assert means != sorted(means, reverse=True)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 7, 10, 11])
+def test_a_new_process_goes_on_with_exactly_the_rest(stop):
+    whole = sampler(seed=3)
+    assert len(whole) == 11
+    expected = [plan for _ in range(3) for plan in whole]
+    first = sampler(seed=3)
+    done = list(islice(iter(first), stop))
+    second = sampler(seed=3)
+    second.load_state_dict(first.state_dict())
+    rest = [plan for _ in range(2) for plan in second]
+    # stopped at the end of an epoch, the two iterations that follow are two whole epochs
+    assert done + rest == expected[: stop + len(rest)]
+    assert len(rest) == (22 if stop in (0, 11) else 22 - stop)
+
+
+def test_resuming_in_a_later_epoch_keeps_its_order():
+    one = sampler(seed=4)
+    expected = [rows_of(one) for _ in range(3)][2]
+    stopped = sampler(seed=4)
+    list(stopped), list(stopped)
+    list(islice(iter(stopped), 5))
+    resumed = sampler(seed=4)
+    resumed.load_state_dict(stopped.state_dict())
+    assert rows_of(resumed) == expected[5:]
+
+
+def test_without_shuffling_every_pass_is_the_same_and_from_the_start():
+    one = sampler(shuffle=False)
+    whole = rows_of(one)
+    list(islice(iter(one), 4))
+    assert rows_of(one) == whole
+    one.load_state_dict({"epoch": 2, "position": 5})
+    assert rows_of(one) == whole
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("rows", [24, 43, 25])
+def test_averaging_over_ranks_and_micro_batches_gives_the_mean_of_the_step(rows, accumulate, world_size):
+    """What DDP (mean over ranks) and accumulation (division by the full count) make of sum / normaliser."""
+    weights = [n // 2 + 1 for n in lengths_of(rows, seed=9)]
+    losses = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(8)).tolist()  # a token
+    plans = [
+        list(sampler(rows, weights=weights, rank=rank, world_size=world_size, accumulate=accumulate))
+        for rank in range(world_size)
+    ]
+    for start in range(0, len(plans[0]), accumulate):
+        window = [plan for rank in plans for plan in rank[start : start + accumulate]]
+        step_rows = [row for plan in window for row in plan.rows]
+        sums = [sum(losses[row] * weights[row] for row in plan.rows) / plan.normalizer for plan in window]
+        total = sum(losses[row] * weights[row] for row in step_rows)
+        assert sum(sums) / accumulate / world_size == pytest.approx(total / sum(weights[row] for row in step_rows))
+    if accumulate == 4 and rows == 43:
+        assert len(plans[0]) % accumulate != 0  # the last window is an incomplete one
+
+
+def padding(batches, lengths):
+    return sum(max(lengths[r] for r in batch) * len(batch) - sum(lengths[r] for r in batch) for batch in batches)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_buckets_hold_far_less_padding_than_random_batches(shuffle):
+    rows = 1000
+    lengths = lengths_of(rows)
+    random = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).split(4)
+    bucketed = padding(rows_of(sampler(rows, shuffle=shuffle)), lengths)
+    assert bucketed < 0.1 * padding([batch.tolist() for batch in random], lengths)

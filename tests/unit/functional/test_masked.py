@@ -1,0 +1,96 @@
+"""Masked sums and moments against Python loops, and garbage in the padding of every function that takes a mask."""
+
+import math
+import statistics
+
+import pytest
+import torch
+
+from rlhf_lightning.functional.advantages import gae, whiten
+from rlhf_lightning.functional.language_model import nll_loss
+from rlhf_lightning.functional.logprobs import sequence_logprobs
+from rlhf_lightning.functional.masked import last_true, masked_mean, masked_sum, masked_var
+from rlhf_lightning.functional.policy import clipped_policy_loss
+from rlhf_lightning.functional.rewards import token_rewards
+from rlhf_lightning.functional.value import clipped_value_loss, explained_variance
+
+MASK = torch.tensor([[True, True, False, False], [False, True, True, True], [True, False, False, False]])
+X = torch.tensor([[1.0, 2.0, 90.0, 91.0], [92.0, 4.0, 8.0, 16.0], [32.0, 93.0, 94.0, 95.0]])
+COUNTED = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+
+
+def test_moments_are_those_of_the_counted_entries():
+    assert masked_sum(X, MASK).item() == 63
+    assert masked_sum(X, MASK, dim=1).tolist() == [3, 28, 32]
+    assert masked_sum(X, MASK, dim=0).tolist() == [33, 6, 8, 16]
+    assert masked_mean(X, MASK).item() == 10.5
+    assert masked_mean(X, MASK, dim=1).tolist() == pytest.approx([1.5, 28 / 3, 32])
+    assert masked_var(X, MASK).item() == pytest.approx(statistics.variance(COUNTED), rel=1e-6)
+    assert masked_var(X, MASK, unbiased=False).item() == pytest.approx(statistics.pvariance(COUNTED), rel=1e-6)
+
+
+def test_an_empty_mean_is_nan_and_the_spread_of_one_value_is_zero():
+    assert math.isnan(masked_mean(X, torch.zeros_like(MASK)).item())
+    rows = masked_mean(X, MASK & torch.tensor([[True], [True], [False]]), dim=1)
+    assert rows.isnan().tolist() == [False, False, True]
+    assert masked_var(torch.tensor([[3.0, 9.0]]), torch.tensor([[True, False]])).item() == 0.0
+
+
+def test_last_true_is_found_with_padding_on_either_side_and_with_holes():
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 1, 0], [1, 0, 0, 0]], dtype=torch.bool)
+    assert last_true(mask).tolist() == [1, 3, 2, 0]
+
+
+def test_a_row_without_any_true_is_named():
+    with pytest.raises(ValueError, match=r"\[1\]"):
+        last_true(torch.tensor([[True, False], [False, False]]))
+
+
+SCORES = torch.tensor([1.0, -2.0, 0.5])
+FUNCTIONS = {
+    "masked_sum": (1, lambda m, x: masked_sum(x, m)),
+    "masked_sum of rows": (1, lambda m, x: masked_sum(x, m, dim=1)),
+    "masked_mean": (1, lambda m, x: masked_mean(x, m)),
+    "masked_var": (1, lambda m, x: masked_var(x, m)),
+    "nll_loss": (1, lambda m, x: nll_loss(x, m)),
+    "sequence_logprobs": (1, lambda m, x: sequence_logprobs(x, m)),
+    "whiten": (1, lambda m, x: whiten(x, m)),
+    "whiten, mean kept": (1, lambda m, x: whiten(x, m, keep_mean=True)),
+    "gae advantages": (2, lambda m, r, v: gae(r, v, m, gamma=0.9, gae_lambda=0.8)[0]),
+    "gae returns": (2, lambda m, r, v: gae(r, v, m, gamma=0.9, gae_lambda=0.8)[1]),
+    "token_rewards": (2, lambda m, p, q: token_rewards(SCORES, p, q, m, kl_coef=0.1)),
+    "clipped_policy_loss": (3, lambda m, p, q, a: clipped_policy_loss(p, q, a, m, clip_range=0.2)[0]),
+    "clipped_value_loss": (3, lambda m, v, o, r: clipped_value_loss(v, o, r, m, clip_range=0.2)[0]),
+    "explained_variance": (2, lambda m, v, r: explained_variance(v, r, m)),
+}
+RIGHT_PADDED = torch.arange(5) < torch.tensor([2, 5, 3])[:, None]
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -1e30])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_garbage_in_masked_slots_changes_neither_value_nor_gradient(name, garbage):
+    arguments, function = FUNCTIONS[name]
+    generator = torch.Generator().manual_seed(5)
+    tensors = [torch.randn(3, 5, generator=generator) for _ in range(arguments)]
+
+    def run(fill):
+        leaves = [t.masked_fill(~RIGHT_PADDED, fill).requires_grad_() for t in tensors]
+        out = function(RIGHT_PADDED, *leaves)
+        weights = torch.linspace(0.5, 2.0, out.numel()).reshape(out.shape)  # else a whitened sum has no gradient at all
+        return out.detach(), torch.autograd.grad((out * weights).sum(), leaves)
+
+    (clean, clean_gradients), (dirty, dirty_gradients) = run(0.25), run(garbage)
+    torch.testing.assert_close(dirty, clean, rtol=0, atol=0)
+    for clean_gradient, dirty_gradient in zip(clean_gradients, dirty_gradients, strict=True):
+        torch.testing.assert_close(dirty_gradient, clean_gradient, rtol=0, atol=0)
+        assert clean_gradient[RIGHT_PADDED].abs().max() > 0
+        assert clean_gradient[~RIGHT_PADDED].eq(0).all()
+
+
+def test_the_clip_flags_are_false_where_masked():
+    far = torch.full((3, 5), 3.0)
+    zero = torch.zeros(3, 5)
+    _, clipped = clipped_policy_loss(far, zero, far, RIGHT_PADDED, clip_range=0.2)
+    assert torch.equal(clipped, RIGHT_PADDED)
+    _, clipped = clipped_value_loss(far, zero, far, RIGHT_PADDED, clip_range=0.2)
+    assert torch.equal(clipped, RIGHT_PADDED)

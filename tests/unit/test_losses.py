@@ -1,0 +1,71 @@
+"""The loss classes that YAML names: the formulas' values with their own coefficients, and coefficients that mean nothing."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.losses import BradleyTerryLoss, DPOLoss, IPOLoss, PPOLoss
+
+W, R = torch.tensor([2.0]), torch.tensor([-1.0])
+MASK = torch.tensor([[True, True, False]])
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected", "scale"),
+    [
+        (DPOLoss(), 0.554355, 0.1),
+        (DPOLoss(beta=0.5), math.log1p(math.exp(-1.5)), 0.5),
+        (DPOLoss(label_smoothing=0.1), 0.584355, 0.1),
+        (IPOLoss(), 4.0, 0.1),
+        (IPOLoss(tau=0.25), 1.0, 0.25),
+    ],
+)
+def test_pair_losses_have_the_values_of_their_formulas(loss, expected, scale):
+    assert loss.pairs(W, R).item() == pytest.approx(expected, abs=2e-6)
+    assert loss.reward_scale == scale
+
+
+def test_bradley_terry_adds_the_scaled_margin_and_the_centring_term():
+    """Lead 3, margin 2, sum 1."""
+    margin = torch.tensor([2.0])
+    lead = {m: math.log1p(math.exp(-(3 - m))) for m in (0, 1, 2)}
+    assert BradleyTerryLoss().pairs(W, R, margin).item() == pytest.approx(lead[2] + 0.01)
+    assert BradleyTerryLoss(centering_coef=0.5).pairs(W, R, margin).item() == pytest.approx(lead[2] + 0.5)
+    assert BradleyTerryLoss(0.0, margin_scale=0.5).pairs(W, R, margin).item() == pytest.approx(lead[1])
+    assert BradleyTerryLoss(0.0, margin_scale=0.0).pairs(W, R, margin).item() == pytest.approx(lead[0])
+
+
+def test_ppo_policy_and_value_are_summed_over_counted_tokens():
+    loss = PPOLoss(clip_range=0.1, value_clip_range=0.5)
+    ratio = torch.tensor([[1.5, 1.0, 9.0]])
+    policy, clipped = loss.policy(ratio.log(), torch.zeros(1, 3), torch.tensor([[1.0, -2.0, 5.0]]), MASK)
+    assert policy.item() == pytest.approx(-1.1 + 2.0)
+    assert clipped.item() == 1
+    value, clipped = loss.value(torch.tensor([[1.0, 0.3, 9.0]]), torch.zeros(1, 3), torch.ones(1, 3), MASK)
+    assert value.item() == pytest.approx(0.5 * (0.5**2 + 0.7**2))
+    assert clipped.item() == 1
+
+
+def test_ppo_adds_the_value_term_and_takes_the_entropy_off():
+    policy, value, entropy = torch.tensor(3.0), torch.tensor(10.0), torch.tensor([[1.0, 2.0, torch.nan]])
+    assert PPOLoss().total(policy, value, entropy, MASK).item() == pytest.approx(3.0 + 0.1 * 10)
+    with_bonus = PPOLoss(value_coef=0.5, entropy_coef=0.01)
+    assert with_bonus.total(policy, value, entropy, MASK).item() == pytest.approx(3.0 + 5.0 - 0.03)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: DPOLoss(beta=0.0), "beta"),
+        (lambda: DPOLoss(beta=-0.1), "beta"),
+        (lambda: DPOLoss(beta=math.nan), "beta"),
+        (lambda: DPOLoss(label_smoothing=0.5), "label_smoothing"),
+        (lambda: DPOLoss(label_smoothing=-0.1), "label_smoothing"),
+        (lambda: IPOLoss(tau=0.0), "tau"),
+    ],
+)
+def test_coefficients_without_a_meaning_are_refused_by_name(make, named):
+    with pytest.raises(UserError, match=named):
+        make()
