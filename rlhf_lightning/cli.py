@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from jsonargparse import ArgumentParser
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from rlhf_lightning import losses, modules, rewards, rollouts, worlds  # noqa: F401  (short class names in YAML)
 from rlhf_lightning.callbacks.export import ExportAtEnd
+from rlhf_lightning.callbacks.progress import RunProgress
 from rlhf_lightning.callbacks.samples import SampleTable
 from rlhf_lightning.commands.chat import chat
 from rlhf_lightning.commands.export import export
@@ -25,6 +26,7 @@ from rlhf_lightning.data.demonstrations import DemonstrationDataModule  # noqa: 
 from rlhf_lightning.data.preferences import PreferenceDataModule  # noqa: F401
 from rlhf_lightning.data.prompts import PromptDataModule  # noqa: F401
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.evaluation import evaluation  # noqa: F401
 from rlhf_lightning.rewards import composite, function, reward_model, world  # noqa: F401
 from rlhf_lightning.rollouts import advantages, kl_control  # noqa: F401
 
@@ -69,9 +71,10 @@ class RLHFCLI(LightningCLI):
             kwargs["logger"] = False
         elif config.trainer.logger is None:
             kwargs["logger"] = default_loggers(config.trainer.default_root_dir, config.wandb)
-        trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.append(ForgetFailedStart(self.run_folder))
-        return trainer
+        self.trainer_defaults["callbacks"] = [ForgetFailedStart(self.run_folder)]
+        if config.trainer.enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"].append(RunProgress())
+        return super().instantiate_trainer(**kwargs)
 
 
 def default_loggers(folder: str, wandb: str) -> list[Logger]:
@@ -102,7 +105,6 @@ def run_trainer(args: list[str], *, run: bool = True) -> RLHFCLI:
         subclass_mode_data=True,
         save_config_callback=SaveRunConfig,
         trainer_defaults={
-            "callbacks": [RichProgressBar()],
             "log_every_n_steps": 10,
             "use_distributed_sampler": False,
             "enable_model_summary": False,
@@ -156,7 +158,9 @@ def _usage(args: list[str]) -> None:
 
 def _short_name(class_path: str) -> str:
     name = class_path.rsplit(".", 1)[-1].removesuffix("Module")
-    return "".join(f"_{c.lower()}" if c.isupper() and i and not name[i - 1].isupper() else c.lower() for i, c in enumerate(name))
+    return "".join(
+        f"_{c.lower()}" if c.isupper() and i and not name[i - 1].isupper() else c.lower() for i, c in enumerate(name)
+    )
 
 
 def _be_quiet() -> None:

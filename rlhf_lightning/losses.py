@@ -97,9 +97,7 @@ class PPOLoss:
     value_coef: float = 0.1
     entropy_coef: float = 0.0
 
-    def policy(
-        self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def policy(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Summed policy loss and the number of clipped tokens, scalars."""
         loss, clipped = clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip_range=self.clip_range)
         return loss.sum(), clipped.sum()

@@ -13,16 +13,18 @@ LAYERS = [
     ["errors"],
     ["functional"],
     ["losses", "batches"],
-    ["worlds"],
     ["data"],
+    ["worlds"],
     ["models"],
     ["generation"],
     ["rewards"],
     ["rollouts"],
-    ["modules", "callbacks"],
+    ["modules"],
+    ["callbacks"],
     ["evaluation", "feedback"],
     ["commands"],
-    ["cli", "__main__"],
+    ["cli"],
+    ["__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FREE_OF_LIGHTNING = ["functional", "losses", "batches", "models", "generation", "rewards", "rollouts"]
@@ -66,7 +68,8 @@ def test_formulas_import_torch_alone():
     assert len(modules) > 5
     heavy = ("lightning", "transformers", "datasets", "pandas", "pyarrow", "tokenizers", "torchmetrics", "jsonargparse")
     code = f"import sys, {', '.join(modules)}; print([m for m in {heavy} if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert result.stdout.strip() == "[]"
 
 

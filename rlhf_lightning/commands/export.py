@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from rlhf_lightning.callbacks.export import export_module
+from rlhf_lightning.commands.restore import restored_module
 from rlhf_lightning.commands.run_folder import CONFIG
 from rlhf_lightning.errors import UserError
 
@@ -17,7 +18,6 @@ def export(run: str, checkpoint: str | None = None, output: str | None = None) -
         checkpoint: Which of its checkpoints; None for the last.
         output: Where to; None for ``export`` in the run's folder.
     """
-    from rlhf_lightning.commands.restore import restored_module  # needs the CLI, which imports this file
 
     folder = Path(run)
     if not (folder / CONFIG).is_file():
@@ -25,6 +25,8 @@ def export(run: str, checkpoint: str | None = None, output: str | None = None) -
     path = Path(checkpoint) if checkpoint else folder / "checkpoints" / "last.ckpt"
     if not path.is_file():
         found = sorted(str(p) for p in (folder / "checkpoints").glob("*.ckpt"))
-        raise UserError(f"{path} does not exist; {'there are ' + ', '.join(found) if found else 'the run has no checkpoint'}")
+        raise UserError(
+            f"{path} does not exist; {'there are ' + ', '.join(found) if found else 'the run has no checkpoint'}"
+        )
     module = restored_module(folder / CONFIG, torch.load(path, weights_only=True, map_location="cpu"))
     print(export_module(module, output or folder / "export"))

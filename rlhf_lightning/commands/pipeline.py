@@ -1,3 +1,170 @@
-"""pipeline"""
-def pipeline(output: str = "runs/quickstart") -> None:
-    """Run all stages."""
+"""Stages with hand-offs: each a ``fit`` that exports, then an evaluation and a report."""
+
+import hashlib
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rlhf_lightning.commands.handoffs import check_export, check_same_text
+from rlhf_lightning.commands.run_folder import CONFIG
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.evaluation.evaluation import Evaluation
+from rlhf_lightning.evaluation.report import write_report
+from rlhf_lightning.models.export import replace_file
+
+RECORD = "stages.json"
+console = Console()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One ``fit`` of the pipeline.
+
+    Attributes:
+        name: Of the stage and its folder.
+        config: YAML files of the fit, later ones win.
+        inputs: Config keys that receive the export folder of an earlier stage: ``{key: stage}``.
+        options: Further keys, as on the command line: ``{key: value}``.
+    """
+
+    name: str
+    config: list[str]
+    inputs: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def pipeline(
+    stages: list[Stage],
+    output: str,
+    seed_everything: int = 0,
+    seed_keys: list[str] | None = None,
+    evaluation: Evaluation | None = None,
+    options: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Run stages one after the other, hand each one's export to the next, evaluate, and write a report.
+
+    A stage that has finished with the same settings is skipped; one that was interrupted goes on from its last checkpoint.
+
+    Args:
+        stages: In order.
+        output: Folder of the whole pipeline; each stage has a folder in it.
+        seed_everything: Of every stage.
+        seed_keys: Further config keys that receive the seed, for instance that of a world.
+        evaluation: What is asked of the exported models at the end.
+        options: Config keys for every stage, as on the command line.
+        overwrite: Begin stages anew whose settings have changed.
+    """
+    started, folder = time.perf_counter(), Path(output)
+    _check_plan(stages)
+    record = _read_record(folder)
+    fingerprints: dict[str, str] = {}
+    for stage in stages:
+        arguments = _arguments(stage, folder, seed_everything, seed_keys or [], options or {})
+        upstream = [fingerprints[name] for name in stage.inputs.values()]
+        fingerprints[stage.name] = _fingerprint(stage, arguments, upstream)
+        _run_stage(stage, arguments, fingerprints[stage.name], folder, record, overwrite)
+    _check_handoffs(stages, folder)
+    training = sum(record[stage.name]["seconds"] for stage in stages)
+    seconds = {stage.name: round(record[stage.name]["seconds"], 1) for stage in stages} | {
+        "training": round(training, 1)
+    }
+    report: dict[str, Any] = {"seed": seed_everything, "seconds": seconds}
+    if evaluation is not None:
+        console.rule("evaluation")
+        report |= evaluation.run({stage.name: folder / stage.name / "export" for stage in stages}, seed_everything)
+    seconds["total"] = round(time.perf_counter() - started, 1)
+    page = write_report(report, folder, [stage.name for stage in stages])
+    console.print(f"report: {page}")
+
+
+def _check_plan(stages: list[Stage]) -> None:
+    seen: set[str] = set()
+    for stage in stages:
+        for config in stage.config:
+            if not Path(config).is_file():
+                raise UserError(f"stage {stage.name}: {config} does not exist")
+        for key, source in stage.inputs.items():
+            if source not in seen:
+                raise UserError(f"stage {stage.name}: {key} comes from {source!r}, which is no earlier stage")
+        if stage.name in seen:
+            raise UserError(f"two stages are called {stage.name!r}")
+        seen.add(stage.name)
+    if not stages:
+        raise UserError("a pipeline needs at least one stage")
+
+
+def _arguments(stage: Stage, folder: Path, seed: int, seed_keys: list[str], options: dict[str, Any]) -> list[str]:
+    """What stands behind ``python -m rlhf_lightning fit``."""
+    arguments = [part for config in stage.config for part in ("--config", config)]
+    settings = {"seed_everything": seed, "trainer.default_root_dir": str(folder / stage.name)}
+    settings |= dict.fromkeys(seed_keys, seed) | options
+    settings |= {key: str(folder / source / "export") for key, source in stage.inputs.items()} | stage.options
+    return arguments + [part for key, value in settings.items() for part in (f"--{key}", json.dumps(value).strip('"'))]
+
+
+def _fingerprint(stage: Stage, arguments: list[str], upstream: list[str]) -> str:
+    """What a finished stage was made from: arguments, the text of its files, and the stages before it."""
+    texts = [Path(config).read_text() for config in stage.config]
+    return hashlib.sha256(json.dumps([arguments, texts, upstream]).encode()).hexdigest()[:16]
+
+
+def _run_stage(
+    stage: Stage, arguments: list[str], fingerprint: str, folder: Path, record: dict[str, Any], overwrite: bool
+) -> None:
+    console.rule(stage.name)
+    run, known = folder / stage.name, record.get(stage.name, {})
+    same = known.get("fingerprint") == fingerprint
+    if same and known.get("finished") and (run / "export" / "config.json").is_file():
+        console.print(f"finished before in {known['seconds']:.0f} s, skipped")
+        return
+    begun = (run / CONFIG).exists()
+    if begun and not same and not overwrite:
+        raise UserError(
+            f"{run} holds a run with other settings; give another --output, or --overwrite true to replace it"
+        )
+    resume = begun and same and (run / "checkpoints" / "last.ckpt").is_file()
+    extra = ["--ckpt_path", "last"] if resume else ["--overwrite", "true"] if begun else []
+    command = [sys.executable, "-m", "rlhf_lightning", "fit", *arguments, *extra]
+    record[stage.name] = {
+        "fingerprint": fingerprint,
+        "finished": False,
+        "seconds": known.get("seconds", 0.0) if resume else 0.0,
+    }
+    _write_record(folder, record)
+    console.print(shlex.join(["python", *command[1:]]), style="dim", soft_wrap=True)
+    started = time.perf_counter()
+    code = subprocess.run(command, check=False).returncode
+    record[stage.name]["seconds"] += time.perf_counter() - started
+    if code:
+        raise UserError(f"stage {stage.name} ended with exit code {code}; put it right and run the same command again")
+    record[stage.name]["finished"] = True
+    _write_record(folder, record)
+
+
+def _check_handoffs(stages: list[Stage], folder: Path) -> None:
+    console.rule("hand-offs")
+    for stage in stages:
+        console.print(f"{stage.name}: {check_export(folder / stage.name / 'export')}")
+        for source in sorted(set(stage.inputs.values())):
+            check_same_text(folder / source / "export", folder / stage.name / "export")
+            console.print(f"{source} -> {stage.name}: same tokenizer, same template")
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    if folder.exists() and not path.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no pipeline; give another --output")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / RECORD, json.dumps(record, indent=2))

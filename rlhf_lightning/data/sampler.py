@@ -7,7 +7,6 @@ import torch
 from torch.utils.data import Sampler
 
 
-
 class BatchPlan(NamedTuple):
     """The rows of one batch on one rank.
 

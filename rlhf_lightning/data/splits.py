@@ -37,7 +37,9 @@ class Split:
             raise UserError(f"split out of range: {self}; `validation` is a share in [0, 1), `limit` at least 1")
 
 
-def load_splits(source: str | Dataset | DatasetDict | Source, kind: Kind, format: str | None, split: Split) -> DatasetDict:
+def load_splits(
+    source: str | Dataset | DatasetDict | Source, kind: Kind, format: str | None, split: Split
+) -> DatasetDict:
     """Rows in canonical form, with "train" and, unless ``split.validation`` is 0, "validation".
 
     Raises:

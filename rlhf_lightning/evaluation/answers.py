@@ -81,7 +81,10 @@ class Answerer:
             for start in range(0, len(repeated), BATCH):
                 parts.append(self._batch(repeated[start : start + BATCH], sampling))
         texts = [text for part in parts for text in part[0]]
-        columns = [np.concatenate(column).reshape(len(prompts), samples) for column in zip(*(p[1:] for p in parts), strict=True)]
+        columns = [
+            np.concatenate(column).reshape(len(prompts), samples)
+            for column in zip(*(p[1:] for p in parts), strict=True)
+        ]
         truncated, lengths, kl = columns
         grouped = [texts[i : i + samples] for i in range(0, len(texts), samples)]
         return Answers(prompts, grouped, truncated.astype(bool), lengths, kl)
@@ -90,7 +93,7 @@ class Answerer:
         rows = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         flipped, mask = pad_right([row[::-1] for row in rows], int(self.tokenizer.pad_token_id))
         batch = PromptBatch(flipped.flip(1).to(self.device), mask.flip(1).to(self.device), prompts, {})
-        network = self.policy.network.network
+        network: Any = self.policy.network.network
         responses = generate_responses(batch, network, self.tokenizer, TransformersEngine(), sampling)
         inputs = responses.input_ids, responses.attention_mask, responses.sequence_mask
         log_ratio = self.policy(*inputs).logprobs - self.reference(*inputs).logprobs

@@ -37,6 +37,11 @@ class Judged(NamedTuple):
     kinds: NDArray[np.str_]
 
     @property
+    def clusters(self) -> list[str]:
+        """The text of each prompt: the same one may be asked more than once."""
+        return [str(prompt) for prompt in self.answers.prompts]
+
+    @property
     def gold(self) -> Gold:
         """Gold rewards, shape (prompts, samples)."""
         return np.array([[score.reward for score in row] for row in self.scores])
@@ -62,10 +67,11 @@ def summary(judged: Judged, proxy: Gold | None) -> dict[str, Any]:
         judged: Scored answers of one policy to one set of prompts.
         proxy: The reward model's scores of the same answers, where there is one.
     """
-    gold, answers = judged.gold, judged.answers
+    gold, answers, clusters = judged.gold, judged.answers, np.array(judged.clusters)
+    of_kind = {str(kind): judged.kinds == kind for kind in sorted(set(judged.kinds))}
     result: dict[str, Any] = {
-        "gold": estimate(gold)._asdict(),
-        "by_kind": {kind: estimate(gold[judged.kinds == kind])._asdict() for kind in sorted(set(judged.kinds))},
+        "gold": estimate(gold, judged.clusters)._asdict(),
+        "by_kind": {kind: estimate(gold[rows], clusters[rows].tolist())._asdict() for kind, rows in of_kind.items()},
         "kl": float(answers.kl.mean()),
         "length": float(answers.lengths.mean()),
         "truncated": float(answers.truncated.mean()),
@@ -97,17 +103,17 @@ def reward_model_summary(world: HHHWorld, pairs: Dataset, chosen: Gold, rejected
     }
 
 
-def best_of(gold: Gold, proxy: Gold) -> dict[str, dict[str, float]]:
+def best_of(judged: Judged, proxy: Gold) -> dict[str, dict[str, float]]:
     """Gold reward of the response that the reward model likes best of the first n, for n = 1, 2, 4, ...
 
     Args:
-        gold: Shape (prompts, samples).
-        proxy: The reward model's scores, same shape.
+        judged: Many sampled answers to each prompt.
+        proxy: The reward model's scores of them. Shape (prompts, samples).
     """
-    result = {}
+    gold, result = judged.gold, {}
     for n in (2**i for i in range(int(np.log2(gold.shape[1])) + 1)):
         best = proxy[:, :n].argmax(axis=1)
-        result[str(n)] = estimate(np.take_along_axis(gold, best[:, None], axis=1))._asdict()
+        result[str(n)] = estimate(np.take_along_axis(gold, best[:, None], axis=1), judged.clusters)._asdict()
     return result
 
 
@@ -122,9 +128,11 @@ def comparisons(before: Mapping[str, Judged], after: Mapping[str, Judged]) -> di
     for where, judged in after.items():
         ours, theirs = judged.gold, before[where].gold
         result[where] = {
-            "gap_closed": float((ours.mean() - theirs.mean()) / (1 - theirs.mean())),  # 1 can be reached on every prompt
-            "gain": estimate(ours - theirs)._asdict(),
-            "win_rate": win_rate(ours, theirs)._asdict(),
+            "gap_closed": float(
+                (ours.mean() - theirs.mean()) / (1 - theirs.mean())
+            ),  # 1 can be reached on every prompt
+            "gain": estimate(ours - theirs, judged.clusters)._asdict(),
+            "win_rate": win_rate(ours, theirs, judged.clusters)._asdict(),
         }
     return result
 
@@ -166,5 +174,8 @@ def check_thresholds(report: dict[str, Any]) -> list[dict[str, Any]]:
         if value is not None:
             met = threshold.low <= value <= threshold.high
             bounds = {"low": threshold.low, "high": threshold.high}
-            checked.append({"name": threshold.name, "value": value, "met": bool(met)} | {k: v for k, v in bounds.items() if np.isfinite(v)})
+            checked.append(
+                {"name": threshold.name, "value": value, "met": bool(met)}
+                | {k: v for k, v in bounds.items() if np.isfinite(v)}
+            )
     return checked

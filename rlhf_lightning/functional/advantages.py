@@ -36,7 +36,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lamb
     Source: Schulman et al. 2016, eq. 16, https://arxiv.org/abs/1506.02438
     """
     if not rewards.shape == values.shape == mask.shape:
-        raise ValueError(f"rewards {tuple(rewards.shape)}, values {tuple(values.shape)} and mask {tuple(mask.shape)} differ")
+        raise ValueError(
+            f"rewards {tuple(rewards.shape)}, values {tuple(values.shape)} and mask {tuple(mask.shape)} differ"
+        )
     rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)  # padding may hold anything, NaN too
     advantages = torch.zeros_like(rewards)
     following_advantage = following_value = torch.zeros_like(rewards[:, 0])
@@ -68,6 +70,7 @@ def whiten(
     Source: lm-human-preferences (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593); variance is unbiased as in TRL.
     """
     total = all_sum if all_sum is not None else _alone
+    x = x.masked_fill(~mask, 0)
     count = total(mask.sum().to(x.dtype))
     mean = total(masked_sum(x, mask)) / count
     variance = total(masked_sum((x - mean).square(), mask)) / (count - 1).clamp(min=1)

@@ -38,6 +38,7 @@ def masked_var(x: Tensor, mask: Tensor, *, unbiased: bool = True) -> Tensor:
     Returns:
         A scalar; 0 for a single entry, whose spread is not known (whitening one value gives 0, not NaN).
     """
+    x = x.masked_fill(~mask, 0)  # else NaN there would reach the gradient of the square
     squared = masked_sum((x - masked_mean(x, mask)).square(), mask)
     count = mask.sum()
     return squared / (count - 1).clamp(min=1) if unbiased else squared / count

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def dpo_loss(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+def dpo_loss(
+    chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float, label_smoothing: float = 0.0
+) -> Tensor:
     r"""Direct preference optimisation; with smoothing the conservative cDPO.
 
     .. math:: \ell = -(1-\epsilon) \log\sigma(\beta(h_w - h_l)) - \epsilon \log\sigma(-\beta(h_w - h_l))

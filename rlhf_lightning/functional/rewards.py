@@ -1,6 +1,5 @@
 """From one score a response to one reward a token: the missing-EOS rule, the clip and the KL penalty."""
 
-import torch
 from torch import Tensor
 
 from rlhf_lightning.functional.kl import kl_k1

@@ -39,4 +39,5 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     Returns:
         Scalar, at most 1; 0 for a constant critic, NaN where the returns do not vary.
     """
-    return 1 - masked_var(returns - values, mask) / masked_var(torch.where(mask, returns, 0), mask)
+    spread = masked_var(returns, mask)
+    return torch.where(spread > 0, 1 - masked_var(returns - values, mask) / spread, torch.nan)

@@ -55,3 +55,10 @@ def eos_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
     known = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
     more = known if isinstance(known, list) else [known]
     return sorted({i for i in [tokenizer.eos_token_id, *more] if i is not None})
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(text)
+    os.replace(scratch, path)

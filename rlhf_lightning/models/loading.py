@@ -34,7 +34,9 @@ def load_causal_lm(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> PreTr
     Raises:
         UserError: If the folder is missing, holds no such model, or its vocabulary is too small for the tokenizer.
     """
-    model = _from_path(AutoModelForCausalLM, spec)[0] if spec.path else _from_scratch(AutoModelForCausalLM, spec, tokenizer)
+    model = (
+        _from_path(AutoModelForCausalLM, spec)[0] if spec.path else _from_scratch(AutoModelForCausalLM, spec, tokenizer)
+    )
     return _fit_to_tokenizer(model, tokenizer, spec)
 
 
@@ -78,8 +80,17 @@ def scalar_head(model: PreTrainedModel) -> nn.Linear:
     """
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear):
-        raise UserError(f"{type(model).__name__} has no linear `score` head; use a decoder such as llama, qwen3 or gpt2")
+        raise UserError(
+            f"{type(model).__name__} has no linear `score` head; use a decoder such as llama, qwen3 or gpt2"
+        )
     return head
+
+
+def embedding_weight(model: PreTrainedModel) -> nn.Parameter:
+    """The input embedding, shape (vocabulary, hidden)."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
 
 
 def missing_model_message(path: str) -> str:
@@ -151,9 +162,11 @@ def _draw_head(head: nn.Linear) -> None:
 def _fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> PreTrainedModel:
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise UserError("the tokenizer's pad token is missing or equal to EOS; repair it before a model is loaded")
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_weight(model).shape[0]
     if len(tokenizer) > rows:
-        log.warning("%s: embeddings grow from %d to %d rows for the tokenizer's new tokens", spec.path, rows, len(tokenizer))
+        log.warning(
+            "%s: embeddings grow from %d to %d rows for the tokenizer's new tokens", spec.path, rows, len(tokenizer)
+        )
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for name in ("pad", "bos", "eos"):
         setattr(model.config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.logprobs import entropy, log_softmax
+from rlhf_lightning.models.loading import embedding_weight
 from rlhf_lightning.models.trunk import hidden_states
 
 
@@ -112,7 +113,7 @@ def check_head(network: PreTrainedModel) -> None:
     Raises:
         UserError: If they do not: the architecture does something between them that is not known here.
     """
-    device = network.get_input_embeddings().weight.device
+    device = embedding_weight(network).device
     if device.type == "meta":
         return
     ids = torch.arange(4, device=device)[None]

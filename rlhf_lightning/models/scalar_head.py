@@ -45,7 +45,9 @@ class ScalarModel(nn.Module):
         """
         hidden = hidden_states(self.network, input_ids, attention_mask)
         if pooled:
-            hidden = hidden.gather(1, last_true(attention_mask)[:, None, None].expand(-1, 1, hidden.shape[-1])).squeeze(1)
+            hidden = hidden.gather(1, last_true(attention_mask)[:, None, None].expand(-1, 1, hidden.shape[-1])).squeeze(
+                1
+            )
         head = scalar_head(self.network)
         # In float32: bfloat16 scores of similar responses tie.
         with torch.autocast(hidden.device.type, enabled=False):

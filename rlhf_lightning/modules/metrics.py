@@ -45,9 +45,7 @@ class Means(Metric):
         """The means (or totals) of those names of which something was counted."""
         seen = self.counts > 0
         means = self.sums / self.counts
-        return {
-            name: self.sums[i] if name in self.totals else means[i] for i, name in enumerate(self.names) if seen[i]
-        }
+        return {name: self.sums[i] if name in self.totals else means[i] for i, name in enumerate(self.names) if seen[i]}
 
 
 def log_step(module: Any, optimizer: Optimizer, progress: Sequence[str]) -> None:

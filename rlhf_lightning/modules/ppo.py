@@ -76,7 +76,7 @@ class PPOModule(LightningModule):
         sampling: SamplingParameters = SamplingParameters(),  # noqa: B008  (frozen)
         loss: PPOLoss = PPOLoss(),  # noqa: B008  (frozen)
         advantages: AdvantageEstimator = GAE(),  # noqa: B008  (frozen)
-        update: PPOUpdate = PPOUpdate(),  # noqa: B008  (frozen)
+        update: PPOUpdate = PPOUpdate(),
         optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-6, eps=1e-5),
         schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
     ) -> None:
@@ -125,7 +125,9 @@ class PPOModule(LightningModule):
 
     def on_fit_start(self) -> None:
         if str(self.trainer.precision).startswith("16"):
-            raise UserError("PPO clips its own gradients and can't unscale float16 ones; use precision bf16-mixed or 32-true")
+            raise UserError(
+                "PPO clips its own gradients and can't unscale float16 ones; use precision bf16-mixed or 32-true"
+            )
         self._place()
 
     def _place(self) -> None:
@@ -244,7 +246,9 @@ class PPOModule(LightningModule):
             },
             progress=("objective/scores", "objective/kl", "objective/length"),
         )
-        self.kl.update(float(means["objective/kl"]), int(self._all_sum(torch.tensor(float(len(rollout)), device=self.device))))
+        self.kl.update(
+            float(means["objective/kl"]), int(self._all_sum(torch.tensor(float(len(rollout)), device=self.device)))
+        )
         scheduler.step()
 
     def show(self, batch: PromptBatch, count: int) -> list[Sample]:
@@ -286,7 +290,8 @@ class PPOModule(LightningModule):
 
     def _iterations(self) -> int:
         """How many iterations the run will have, for the schedule: the smaller of what steps and epochs allow."""
-        batch_size = self.trainer.datamodule.batch_size if getattr(self.trainer, "datamodule", None) else 1
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        batch_size = datamodule.batch_size if datamodule is not None else 1
         steps = self.update.epochs * math.ceil(batch_size / self.update.minibatch_size)
         limits = [self.trainer.estimated_stepping_batches]
         if self.trainer.max_steps > 0:

@@ -96,13 +96,15 @@ class RewardModelModule(LightningModule):
     def _normalise(self) -> None:
         """Mean and spread of the raw scores over the first ``MEASURED`` responses of a random order, all ranks together."""
         moments = torch.zeros(3, device=self.device)  # count, sum, sum of squares
-        for batch in self.trainer.datamodule.loader("train", shuffle=True):
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        for batch in datamodule.loader("train", shuffle=True):
             scores = torch.cat(self(self.transfer_batch_to_device(batch, self.device, 0)))
             moments += torch.stack([torch.ones_like(scores).sum(), scores.sum(), scores.square().sum()])
             if moments[0] * self.trainer.world_size >= MEASURED:
                 break
         count, total, squares = self.trainer.strategy.reduce(moments, reduce_op="sum").tolist()
         mean = total / count
+        assert self.network is not None
         self.network.normalise(mean, max(squares / count - mean**2, 1e-12) ** 0.5)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -117,7 +119,7 @@ class RewardModelModule(LightningModule):
             line = row // 2 + pairs * (row % 2)
             ids, response = batch.input_ids[line], batch.response_mask[line]
             prompt_ids = ids[batch.attention_mask[line] & ~response]
-            texts = self.tokenizer.batch_decode([prompt_ids, ids[response]], skip_special_tokens=True)
+            texts = self.tokenizer.batch_decode([prompt_ids.tolist(), ids[response].tolist()], skip_special_tokens=True)
             samples.append(Sample(texts[0], f"{('chosen', 'rejected')[row % 2]}: {texts[1]}", score))
         return samples
 

@@ -22,7 +22,9 @@ class WeightedRewards(Reward):
             reward.prepare(device)
 
     def score(self, samples: Samples) -> Tensor:
-        return sum((w * s.cpu() for w, s in zip(self.weights, self.parts(samples).values(), strict=True)), torch.tensor(0.0))
+        return sum(
+            (w * s.cpu() for w, s in zip(self.weights, self.parts(samples).values(), strict=True)), torch.tensor(0.0)
+        )
 
     def parts(self, samples: Samples) -> dict[str, Tensor]:
         """Each reward's own scores, by a name that is unique."""

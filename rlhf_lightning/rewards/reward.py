@@ -54,7 +54,9 @@ def checked_scores(reward: Reward, samples: Samples) -> Tensor:
     scores = torch.as_tensor(reward.score(samples), dtype=torch.float32)
     expected = len(samples.prompts)
     if scores.shape != (expected,):
-        raise UserError(f"{reward.name} returned scores of shape {tuple(scores.shape)} for {expected} samples; one each is due")
+        raise UserError(
+            f"{reward.name} returned scores of shape {tuple(scores.shape)} for {expected} samples; one each is due"
+        )
     bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
     if bad:
         first = bad[0]

@@ -1,5 +1,7 @@
 """A trained reward model as a reward, with its own tokenizer and template."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -62,7 +64,7 @@ class RewardModelReward(Reward):
             scores[rows] = self._forward([sequences[i] for i in rows]).cpu()
         return scores
 
-    def _encode(self, prompt: object, text: str, truncated: bool) -> Tensor:
+    def _encode(self, prompt: Any, text: str, truncated: bool) -> Tensor:
         response = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         encoded = encode_pair(self.tokenizer, prompt, response)
         # A response that never ended is shown to the reward model without the end that it lacks.

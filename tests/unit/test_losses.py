@@ -1,4 +1,4 @@
-"""The loss classes that YAML names: the formulas' values with their own coefficients, and coefficients that mean nothing."""
+"""The loss classes that YAML names: the values of their formulas, and coefficients that mean nothing."""
 
 import math
 

@@ -25,9 +25,7 @@ def rows_of(plans):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("rows", [3, 5, 12, 13, 24, 25, 26, 43, 700, 1201])
 def test_every_row_comes_once_an_epoch_over_all_ranks(rows, world_size, shuffle):
-    per_rank = [
-        rows_of(sampler(rows, shuffle=shuffle, rank=rank, world_size=world_size)) for rank in range(world_size)
-    ]
+    per_rank = [rows_of(sampler(rows, shuffle=shuffle, rank=rank, world_size=world_size)) for rank in range(world_size)]
     seen = [row for rank in per_rank for batch in rank for row in batch]
     assert sorted(seen) == list(range(rows))
     counts = {len(rank) for rank in per_rank}
@@ -37,7 +35,7 @@ def test_every_row_comes_once_an_epoch_over_all_ranks(rows, world_size, shuffle)
 
 
 def test_fewer_rows_than_ranks_are_refused():
-    with pytest.raises(ValueError, match="2 rows.*3 ranks"):
+    with pytest.raises(ValueError, match=r"2 rows.*3 ranks"):
         sampler(2, world_size=3)
 
 
@@ -115,8 +113,8 @@ def test_averaging_over_ranks_and_micro_batches_gives_the_mean_of_the_step(rows,
         sums = [sum(losses[row] * weights[row] for row in plan.rows) / plan.normalizer for plan in window]
         total = sum(losses[row] * weights[row] for row in step_rows)
         assert sum(sums) / accumulate / world_size == pytest.approx(total / sum(weights[row] for row in step_rows))
-    if accumulate == 4 and rows == 43:
-        assert len(plans[0]) % accumulate != 0  # the last window is an incomplete one
+    if (rows, accumulate, world_size) in {(43, 4, 1), (43, 4, 2), (25, 4, 3)}:
+        assert len(plans[0]) % accumulate != 0  # here the last window is an incomplete one
 
 
 def padding(batches, lengths):

@@ -30,7 +30,7 @@ def batch():
     return rewards, values, mask
 
 
-@pytest.mark.parametrize("gamma, gae_lambda", [(1.0, 0.95), (0.9, 0.5), (1.0, 0.0), (1.0, 1.0)])
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (1.0, 0.0), (1.0, 1.0)])
 def test_gae_is_the_discounted_sum_of_td_errors(batch, gamma, gae_lambda):
     advantages, _ = gae(*batch, gamma=gamma, gae_lambda=gae_lambda)
     torch.testing.assert_close(advantages.double(), gae_by_definition(*batch, gamma, gae_lambda), rtol=1e-5, atol=1e-6)
@@ -53,9 +53,8 @@ def test_lambda_one_returns_do_not_depend_on_the_critic(batch):
 def test_what_stands_in_the_padding_does_not_matter(batch):
     rewards, values, mask = batch
     clean = gae(rewards, values, mask, gamma=1.0, gae_lambda=0.95)
-    dirty = gae(
-        rewards.masked_fill(~mask, torch.nan), values.masked_fill(~mask, -1e6), mask, gamma=1.0, gae_lambda=0.95
-    )
+    rewards, values = rewards.masked_fill(~mask, torch.nan), values.masked_fill(~mask, -1e6)
+    dirty = gae(rewards, values, mask, gamma=1.0, gae_lambda=0.95)
     for a, b in zip(clean, dirty, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 

@@ -32,11 +32,7 @@ def policy_loss_at(advantage, ratio):
     ],
 )
 def test_policy_loss_by_hand(advantage, ratio, loss, gradient, clipped):
-    assert policy_loss_at(advantage, ratio) == (
-        pytest.approx(loss, abs=1e-5),
-        pytest.approx(gradient, abs=1e-5),
-        clipped,
-    )
+    assert policy_loss_at(advantage, ratio) == pytest.approx((loss, gradient, clipped), abs=1e-5)
 
 
 def test_on_policy_nothing_is_clipped_and_the_gradient_is_minus_the_advantage():
@@ -89,3 +85,4 @@ def test_explained_variance_by_hand():
     assert explained_variance(returns / 2, returns, mask).item() == pytest.approx(0.75)
     assert explained_variance(-returns, returns, mask).item() == pytest.approx(-3.0)
     assert math.isnan(explained_variance(returns, torch.ones(1, 5), mask).item())
+    assert math.isnan(explained_variance(torch.ones(1, 5), torch.ones(1, 5), mask).item())

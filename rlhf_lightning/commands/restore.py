@@ -1,0 +1,33 @@
+"""A module as a run's config and checkpoint describe it, without a trainer."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule
+
+from rlhf_lightning.data.splits import find_tokenizer
+
+
+def restored_module(config: Path, checkpoint: dict[str, Any]) -> Any:
+    """Build the module that a run's ``config.yaml`` names and load a checkpoint's weights into it.
+
+    Args:
+        config: Written by ``fit``.
+        checkpoint: As loaded with ``weights_only=True``.
+
+    Returns:
+        The module, configured, on the CPU.
+    """
+    described = yaml.safe_load(config.read_text())
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(LightningModule, "model")
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    parsed = parser.parse_object({key: described[key] for key in ("model", "data")})
+    init = parser.instantiate_classes(parsed)
+    module: Any = init.model
+    module.tokenizer = find_tokenizer(init.data.tokenizer_path or module.model_path, init.data.source, None)
+    module.configure_model()
+    module.load_state_dict(checkpoint["state_dict"])
+    return module

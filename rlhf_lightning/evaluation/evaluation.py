@@ -1,0 +1,256 @@
+"""What is asked of exported models at the end of a pipeline, as objects that YAML names."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+from rich.console import Console
+from transformers import AutoConfig
+
+from rlhf_lightning.data.formats import to_canonical
+from rlhf_lightning.data.sources import Source
+from rlhf_lightning.data.splits import Split, load_splits
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.evaluation.answers import Answerer, Answers
+from rlhf_lightning.evaluation.statistics import estimate, win_rate
+from rlhf_lightning.evaluation.world import (
+    Judged,
+    best_of,
+    check_thresholds,
+    comparisons,
+    judge,
+    reward_model_summary,
+    summary,
+)
+from rlhf_lightning.generation.engine import SamplingParameters
+from rlhf_lightning.rewards.reward import Reward, Samples, checked_scores
+from rlhf_lightning.rewards.reward_model import RewardModelReward
+from rlhf_lightning.worlds import HHHWorld
+
+console = Console()
+
+
+class Evaluation(ABC):
+    """Turns exported folders into figures."""
+
+    @abstractmethod
+    def run(self, exports: dict[str, Path], seed: int) -> dict[str, Any]:
+        """Figures for the report.
+
+        Args:
+            exports: Folder by stage, in order; the first policy is what the others are compared with.
+            seed: Of the run.
+        """
+
+
+def by_task(exports: dict[str, Path]) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Policies and reward models among exported folders."""
+    reward_models = {
+        n: p for n, p in exports.items() if "SequenceClassification" in str(AutoConfig.from_pretrained(p).architectures)
+    }
+    return {name: path for name, path in exports.items() if name not in reward_models}, reward_models
+
+
+class WorldEvaluation(Evaluation):
+    """Gold reward of every policy, sampled and greedy, on held-out and out-of-distribution prompts; best of n; thresholds."""
+
+    def __init__(
+        self,
+        world: HHHWorld | None = None,
+        prompts: int = 1000,
+        samples: int = 2,
+        best_of_prompts: int = 400,
+        best_of_samples: int = 16,
+        max_new_tokens: int = 24,
+        shown: int = 12,
+    ) -> None:
+        """Choose how much is asked.
+
+        Args:
+            world: The one that the stages learnt from; None for the default one with the pipeline's seed.
+            prompts: Prompts of each split.
+            samples: Sampled answers to each.
+            best_of_prompts: Prompts of the best-of-n curve.
+            best_of_samples: Largest n; 0 leaves the curve out.
+            max_new_tokens: Longest answer.
+            shown: Prompts whose answers stand in the report.
+        """
+        self.world, self.prompts, self.samples = world, prompts, samples
+        self.best_of_prompts, self.best_of_samples, self.shown = best_of_prompts, best_of_samples, shown
+        self.sampled = SamplingParameters(max_new_tokens)
+        self.greedy = SamplingParameters(max_new_tokens, temperature=0)
+
+    def run(self, exports: dict[str, Path], seed: int) -> dict[str, Any]:
+        world = self.world or HHHWorld(seed=seed)
+        policies, reward_models = by_task(exports)
+        reward = _prepared(next(iter(reward_models.values()), None))
+        rows = world.load("prompts")
+        prompts = {name: list(rows[split]["prompt"])[: self.prompts] for name, split in SPLITS.items()}
+        base = next(iter(policies))
+        judged = {name: self._judge(world, path, policies[base], prompts, name) for name, path in policies.items()}
+        report: dict[str, Any] = {
+            "policies": {name: self._summaries(parts, reward) for name, parts in judged.items()},
+            "comparisons": {name: comparisons(judged[base], parts) for name, parts in judged.items() if name != base},
+            "samples": self._side_by_side(judged),
+        }
+        if reward is not None:
+            report["reward_model"] = self._reward_model(world, reward)
+            if self.best_of_samples:
+                report["best_of_n"] = self._best_of(world, policies[base], reward, prompts["held_out"])
+        return report | {"thresholds": check_thresholds(report)}
+
+    def _judge(
+        self, world: HHHWorld, path: Path, base: Path, prompts: dict[str, list[Any]], name: str
+    ) -> dict[str, Judged]:
+        console.print(f"{name} answers {sum(map(len, prompts.values()))} prompts")
+        answerer = Answerer(path, base)
+        judged = {}
+        for split, rows in prompts.items():
+            judged[f"{split}/sampled"] = judge(world, answerer.answer(rows, self.sampled, samples=self.samples, seed=0))
+            judged[f"{split}/greedy"] = judge(world, answerer.answer(rows, self.greedy, samples=1, seed=0))
+        return judged
+
+    def _summaries(self, parts: dict[str, Judged], reward: Reward | None) -> dict[str, Any]:
+        return {where: summary(judged, _scores(reward, judged.answers)) for where, judged in parts.items()}
+
+    def _reward_model(self, world: HHHWorld, reward: Reward) -> dict[str, Any]:
+        pairs = world.load("preferences")
+        result = {}
+        for name, split in SPLITS.items():
+            chosen, rejected = (_score_side(reward, pairs[split], side) for side in ("chosen", "rejected"))
+            result[name] = reward_model_summary(world, pairs[split], chosen, rejected)
+        return result
+
+    def _best_of(self, world: HHHWorld, base: Path, reward: Reward, prompts: list[Any]) -> dict[str, Any]:
+        console.print(f"best of {self.best_of_samples} on {min(len(prompts), self.best_of_prompts)} prompts")
+        answers = Answerer(base, base).answer(
+            prompts[: self.best_of_prompts], self.sampled, samples=self.best_of_samples, seed=1
+        )
+        proxy = _scores(reward, answers)
+        assert proxy is not None
+        return best_of(judge(world, answers), proxy)
+
+    def _side_by_side(self, judged: dict[str, dict[str, Judged]]) -> list[dict[str, Any]]:
+        """The first prompts of every kind in turn, with each policy's greedy answer and its gold reward."""
+        first = next(iter(judged.values()))["held_out/greedy"]
+        order = _one_of_each(list(first.kinds), [str(prompt) for prompt in first.answers.prompts])[: self.shown]
+        rows = []
+        for i in order:
+            answers = {
+                name: {
+                    "text": parts["held_out/greedy"].answers.texts[i][0],
+                    "score": float(parts["held_out/greedy"].gold[i, 0]),
+                }
+                for name, parts in judged.items()
+            }
+            prompt = first.answers.prompts[i][-1]["content"]
+            rows.append({"prompt": prompt, "kind": str(first.kinds[i]), "answers": answers})
+        return rows
+
+
+SPLITS = {"held_out": "validation", "ood": "ood"}
+
+
+class RewardEvaluation(Evaluation):
+    """For your own data: each policy answers held-out prompts; a reward scores them and says who wins."""
+
+    def __init__(
+        self,
+        source: str | Source,
+        reward: Reward | None = None,
+        prompts: int = 200,
+        samples: int = 2,
+        max_new_tokens: int = 128,
+        split: Split = Split(),  # noqa: B008  (frozen)
+    ) -> None:
+        """Choose prompts and reward.
+
+        Args:
+            source: Where the prompts come from.
+            reward: Scores the answers; None for the pipeline's own reward model.
+            prompts: Held-out prompts to answer.
+            samples: Sampled answers to each.
+            max_new_tokens: Longest answer.
+            split: What is held out; the same as in the stages.
+        """
+        self.source, self.reward, self.prompts, self.samples, self.split = source, reward, prompts, samples, split
+        self.sampling = SamplingParameters(max_new_tokens)
+
+    def run(self, exports: dict[str, Path], seed: int) -> dict[str, Any]:
+        policies, reward_models = by_task(exports)
+        reward = self.reward or _prepared(next(iter(reward_models.values()), None))
+        if reward is None:
+            raise UserError("RewardEvaluation has no reward: give one, or a stage that trains a reward model")
+        reward.prepare("cpu")
+        prompts = list(load_splits(self.source, "prompts", None, self.split)["validation"]["prompt"])[: self.prompts]
+        base = next(iter(policies))
+        answers = {
+            name: Answerer(path, policies[base]).answer(prompts, self.sampling, samples=self.samples, seed=0)
+            for name, path in policies.items()
+        }
+        scores = {name: _scores(reward, given) for name, given in answers.items()}
+        return {
+            "policies": {name: {"held_out/sampled": _plain_summary(answers[name], scores[name])} for name in policies},
+            "comparisons": {
+                name: {"held_out/sampled": {"win_rate": win_rate(scores[name], scores[base])._asdict()}}
+                for name in policies
+                if name != base
+            },
+            "samples": [
+                {
+                    "prompt": prompt if isinstance(prompt, str) else prompt[-1]["content"],
+                    "answers": {
+                        name: {"text": answers[name].texts[i][0], "score": float(scores[name][i, 0])}
+                        for name in policies
+                    },
+                }
+                for i, prompt in enumerate(prompts[:12])
+            ],
+        }
+
+
+def _plain_summary(answers: Answers, scores: Any) -> dict[str, Any]:
+    return {
+        "score": estimate(scores)._asdict(),
+        "kl": float(answers.kl.mean()),
+        "length": float(answers.lengths.mean()),
+        "truncated": float(answers.truncated.mean()),
+    }
+
+
+def _prepared(path: Path | None) -> Reward | None:
+    if path is None:
+        return None
+    reward = RewardModelReward(str(path), batch_size=256)
+    reward.prepare("cpu")
+    return reward
+
+
+def _scores(reward: Reward | None, answers: Answers) -> Any:
+    """Scores of all answers, shape (prompts, samples); None without a reward."""
+    if reward is None:
+        return None
+    return checked_scores(reward, answers.samples()).cpu().numpy().reshape(answers.truncated.shape)
+
+
+def _score_side(reward: Reward, pairs: Dataset, side: str) -> NDArray[np.floating]:
+    rows = to_canonical(pairs, "preferences")
+    texts = [messages[-1]["content"] for messages in rows[side]]
+    samples = Samples(list(rows["prompt"]), texts, [[] for _ in texts], [False] * len(texts))
+    return checked_scores(reward, samples).numpy()
+
+
+def _one_of_each(kinds: list[str], prompts: list[str]) -> list[int]:
+    """Row numbers: the first of every kind, then the second of every kind, and so on, no prompt twice."""
+    rank: dict[str, int] = {}
+    seen: set[str] = set()
+    keyed = []
+    for i, (kind, prompt) in enumerate(zip(kinds, prompts, strict=True)):
+        if prompt not in seen:
+            seen.add(prompt)
+            rank[kind] = rank.get(kind, 0) + 1
+            keyed.append((rank[kind], kind, i))
+    return [i for *_, i in sorted(keyed)]

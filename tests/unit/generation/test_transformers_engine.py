@@ -1,0 +1,160 @@
+"""Generation: greedy against an argmax loop, sampling against the softmax, and what must not change either."""
+
+import copy
+
+import pytest
+import torch
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.generation.engine import SamplingParameters
+from rlhf_lightning.generation.transformers_engine import TransformersEngine
+
+PAD, VOCABULARY = 0, 12
+NEVER = [VOCABULARY]  # an end that is never drawn
+PROMPTS = ([4, 5, 6, 7], [8, 9], [10, 3, 3])
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def network(request):
+    if request.param == "llama":
+        config = LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+        )
+        model = LlamaForCausalLM(config)
+    else:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64))
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.35, generator=generator)
+    return model.eval()
+
+
+def left_padded(extra=0, garbage=PAD):
+    width = max(map(len, PROMPTS)) + extra
+    ids = torch.tensor([[garbage] * (width - len(p)) + p for p in PROMPTS])
+    lengths = torch.tensor([len(p) for p in PROMPTS])
+    return ids, torch.arange(width) >= (width - lengths)[:, None]
+
+
+def greedy_by_hand(network, prompt, steps, ends):
+    ids = list(prompt)
+    for _ in range(steps):
+        with torch.no_grad():
+            ids.append(int(network(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] in ends:
+            break
+    return ids[len(prompt) :]
+
+
+def generate(network, sampling, ends=(), **layout):
+    return TransformersEngine().generate(network, *left_padded(**layout), sampling, eos_ids=list(ends), pad_id=PAD)
+
+
+GREEDY = SamplingParameters(max_new_tokens=8, temperature=0.0)
+
+
+@pytest.mark.parametrize("layout", [{}, {"extra": 3}, {"extra": 3, "garbage": 11}])
+def test_greedy_is_the_argmax_loop_whatever_the_padding(network, layout):
+    tokens = generate(network, GREEDY, ends=NEVER, **layout)
+    expected = [greedy_by_hand(network, prompt, 8, []) for prompt in PROMPTS]
+    assert tokens.tolist() == expected
+    assert len({tuple(row) for row in expected}) > 1
+
+
+def test_a_response_stops_at_any_of_its_ends_and_is_padded_from_there(network):
+    free = [greedy_by_hand(network, prompt, 8, []) for prompt in PROMPTS]
+    ends = [free[0][1], free[1][3]]
+    tokens = generate(network, GREEDY, ends=ends)
+    lengths = []
+    for row, prompt in zip(tokens.tolist(), PROMPTS, strict=True):
+        alone = greedy_by_hand(network, prompt, 8, ends)
+        assert row == alone + [PAD] * (len(row) - len(alone))
+        lengths.append(len(alone))
+    assert min(lengths) < 8
+    assert tokens.shape[1] == max(lengths)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_first_tokens_are_as_frequent_as_the_softmax_says(network, temperature):
+    draws, prompt = 6000, torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        p = torch.softmax(network(input_ids=prompt).logits[0, -1] / temperature, -1)
+    torch.manual_seed(0)
+    ids = prompt.expand(draws, -1)
+    sampling = SamplingParameters(max_new_tokens=1, temperature=temperature)
+    tokens = TransformersEngine().generate(network, ids, torch.ones_like(ids).bool(), sampling, eos_ids=[2], pad_id=PAD)
+    share = torch.bincount(tokens[:, 0], minlength=VOCABULARY) / draws
+    common = p > 0.005  # at least thirty draws are expected: rarer ones are not normally distributed
+    assert ((share - p).abs() / (p * (1 - p) / draws).sqrt())[common].max() < 3.5  # the worst of a dozen
+    assert share[~common].sum() < p[~common].sum() + 0.005
+    assert common.sum() > 5  # top-k or top-p of a few tokens would show
+
+
+def test_top_k_and_top_p_cut_the_distribution(network):
+    prompt = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        p = torch.softmax(network(input_ids=prompt).logits[0, -1], -1)
+    order = p.argsort(descending=True).tolist()
+    nucleus = next(n for n in range(1, VOCABULARY) if p[order[:n]].sum() >= 0.6)
+    ids = prompt.expand(500, -1)
+    torch.manual_seed(0)
+    for sampling, kept in [
+        (SamplingParameters(max_new_tokens=1, top_k=3), 3),
+        (SamplingParameters(max_new_tokens=1, top_p=0.6), nucleus),
+    ]:
+        tokens = TransformersEngine().generate(
+            network, ids, torch.ones_like(ids).bool(), sampling, eos_ids=[2], pad_id=PAD
+        )
+        assert set(tokens[:, 0].tolist()) == set(order[:kept])
+
+
+def test_the_generation_config_of_the_folder_is_kept_and_changes_nothing(network):
+    expected = generate(network, GREEDY, ends=NEVER)
+    torch.manual_seed(1)
+    sampled = generate(network, SamplingParameters(max_new_tokens=8), ends=NEVER)
+    own = GenerationConfig(
+        do_sample=True,
+        top_k=1,
+        top_p=0.1,
+        temperature=0.01,
+        repetition_penalty=5.0,
+        no_repeat_ngram_size=1,
+        bad_words_ids=[[int(expected[0, 0])]],
+        suppress_tokens=[int(expected[1, 0])],
+        min_new_tokens=3,
+        max_length=5,
+        eos_token_id=[int(expected[2, 0])],
+    )
+    network.generation_config = own
+    before = copy.deepcopy(own.to_dict())
+    assert torch.equal(generate(network, GREEDY, ends=NEVER), expected)
+    torch.manual_seed(1)
+    assert torch.equal(generate(network, SamplingParameters(max_new_tokens=8), ends=NEVER), sampled)
+    assert network.generation_config is own
+    assert own.to_dict() == before
+
+
+def test_the_generation_config_comes_back_after_an_error_too(network):
+    own = network.generation_config
+    with pytest.raises(RuntimeError):
+        TransformersEngine().generate(
+            network, torch.tensor([[1]]), torch.ones(2, 5).bool(), GREEDY, eos_ids=[2], pad_id=PAD
+        )
+    assert network.generation_config is own
+
+
+@pytest.mark.parametrize(
+    "fields", [{"max_new_tokens": 0}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}]
+)
+def test_sampling_parameters_out_of_range_are_refused(fields):
+    with pytest.raises(UserError, match=next(iter(fields))):
+        SamplingParameters(**fields)
+
+
+def test_only_untruncated_sampling_draws_from_the_policy_itself():
+    assert SamplingParameters().samples_the_policy
+    assert SamplingParameters(temperature=0.7).samples_the_policy
+    for other in ({"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 5}):
+        assert not SamplingParameters(**other).samples_the_policy

@@ -1,0 +1,138 @@
+"""Plain functions as rewards: what they are given, what they may give back, and where they are found."""
+
+import pytest
+import torch
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.rewards.composite import WeightedRewards
+from rlhf_lightning.rewards.function import FunctionReward
+from rlhf_lightning.rewards.reward import Reward, Samples, checked_scores
+
+CHAT = [{"role": "user", "content": "why"}]
+SAMPLES = Samples(
+    prompts=["one", CHAT],
+    completions=["yes", "no, never"],
+    completion_ids=[[5, 2], [6, 7, 8]],
+    truncated=[False, True],
+    columns={"answer": ["yes", "no"]},
+)
+
+
+def length(completions, **kwargs):
+    return [float(len(c if isinstance(c, str) else c[0]["content"])) for c in completions]
+
+
+def test_a_function_with_kwargs_is_given_everything():
+    seen = {}
+
+    def reward(**kwargs):
+        seen.update(kwargs)
+        return [1, 2.5]
+
+    assert FunctionReward(reward).score(SAMPLES).tolist() == [1.0, 2.5]
+    assert seen == {
+        "prompts": ["one", CHAT],
+        "completions": ["yes", [{"role": "assistant", "content": "no, never"}]],
+        "completion_ids": [[5, 2], [6, 7, 8]],
+        "answer": ["yes", "no"],
+    }
+
+
+def test_a_function_is_given_only_what_it_names():
+    def equal(completions, answer):
+        return [
+            float((c if isinstance(c, str) else c[0]["content"]) == a) for c, a in zip(completions, answer, strict=True)
+        ]
+
+    reward = FunctionReward(equal)
+    assert reward.name == "equal"
+    assert reward.score(SAMPLES).tolist() == [1.0, 0.0]
+    assert FunctionReward(lambda completion_ids: [len(i) for i in completion_ids]).score(SAMPLES).tolist() == [2.0, 3.0]
+
+
+def test_a_tensor_or_a_tuple_may_come_back():
+    assert checked_scores(FunctionReward(lambda prompts: torch.tensor([1, 2])), SAMPLES).tolist() == [1.0, 2.0]
+    assert checked_scores(FunctionReward(lambda prompts: (True, 0)), SAMPLES).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("result", "complaint"),
+    [
+        ([1.0], r"shape \(1,\) for 2 samples"),
+        ([1.0, 2.0, 3.0], r"shape \(3,\) for 2 samples"),
+        (torch.zeros(2, 1), r"shape \(2, 1\) for 2 samples"),
+        ([0.0, float("nan")], "nan for 1 of 2 samples.*'no, never'"),
+        ([float("inf"), 0.0], "inf for 1 of 2 samples.*'yes'"),
+        ([0.0, None], "not a number"),
+        (["good", 0.0], "not a number"),
+        ([[1.0], [2.0]], "not a number"),
+        (None, "NoneType"),
+        (1.0, "float"),
+        ("ab", "str"),
+        ({"a": 1.0, "b": 2.0}, "dict"),
+    ],
+)
+def test_what_is_not_one_number_a_response_is_refused_and_the_function_named(result, complaint):
+    def my_reward(prompts):
+        return result
+
+    with pytest.raises(UserError, match=f"^my_reward .*{complaint}"):
+        checked_scores(FunctionReward(my_reward), SAMPLES)
+
+
+def test_a_function_is_found_in_a_file(tmp_path):
+    file = tmp_path / "some_rewards_of_mine.py"
+    file.write_text("def short(completions):\n    return [-float(len(c)) for c in completions]\n\nnumber = 3\n")
+    reward = FunctionReward(f"{file}:short")
+    assert reward.name == "short"
+    assert reward.score(SAMPLES).tolist() == [-3.0, -1.0]
+    with pytest.raises(UserError, match="no function 'long'"):
+        FunctionReward(f"{file}:long")
+    with pytest.raises(UserError, match="no function 'number'"):
+        FunctionReward(f"{file}:number")
+    with pytest.raises(UserError, match=r"none\.py does not exist"):
+        FunctionReward(f"{tmp_path}/none.py:short")
+
+
+def test_a_function_is_found_in_a_module():
+    assert FunctionReward("statistics.fmean").name == "fmean"
+    for where, complaint in [
+        ("statistics.nothing", "no function 'nothing'"),
+        ("no_such_package.f", "no_such_package"),
+        ("alone", "names no function"),
+    ]:
+        with pytest.raises(UserError, match=complaint):
+            FunctionReward(where)
+
+
+class Constant(Reward):
+    def __init__(self, value):
+        self.value, self.device = value, None
+
+    def prepare(self, device):
+        self.device = device
+
+    def score(self, samples):
+        return torch.full((len(samples.prompts),), self.value)
+
+
+def test_weighted_rewards_add_up_and_keep_their_parts_apart():
+    parts = [Constant(2.0), FunctionReward(length), Constant(-1.0)]
+    reward = WeightedRewards(parts, weights=[0.5, 2.0, 3.0])
+    assert checked_scores(reward, SAMPLES).tolist() == [0.5 * 2 + 2 * 3 - 3, 0.5 * 2 + 2 * 9 - 3]
+    by_name = {name: scores.tolist() for name, scores in reward.parts(SAMPLES).items()}
+    assert by_name["Constant"] == [2.0, 2.0]
+    assert by_name["length"] == [3.0, 9.0]
+    assert sorted(by_name.values()) == [[-1.0, -1.0], [2.0, 2.0], [3.0, 9.0]]
+    reward.prepare("cpu")
+    assert parts[0].device == parts[2].device == "cpu"
+    assert WeightedRewards(parts).score(SAMPLES).tolist() == [4.0, 10.0]
+
+
+def test_a_bad_part_is_named_and_weights_have_to_match():
+    with pytest.raises(UserError, match=r"^Constant returned nan"):
+        WeightedRewards([Constant(1.0), Constant(float("nan"))]).score(SAMPLES)
+    with pytest.raises(UserError, match="1 rewards and 2 weights"):
+        WeightedRewards([Constant(1.0)], weights=[1.0, 2.0])
+    with pytest.raises(UserError, match="0 rewards"):
+        WeightedRewards([])
