@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from jsonargparse import ArgumentParser
+import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -20,6 +20,7 @@ from rlhf_lightning.callbacks.progress import RunProgress
 from rlhf_lightning.callbacks.samples import SampleTable
 from rlhf_lightning.commands.chat import chat
 from rlhf_lightning.commands.export import export
+from rlhf_lightning.commands.parser import CommandParser, TrainerParser
 from rlhf_lightning.commands.pipeline import pipeline
 from rlhf_lightning.commands.run_folder import ForgetFailedStart, RunFolder, SaveRunConfig
 from rlhf_lightning.data.demonstrations import DemonstrationDataModule  # noqa: F401
@@ -112,6 +113,7 @@ def run_trainer(args: list[str], *, run: bool = True) -> RLHFCLI:
         seed_everything_default=0,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
+        parser_class=TrainerParser,
         args=args,
     )
     return cli
@@ -120,7 +122,7 @@ def run_trainer(args: list[str], *, run: bool = True) -> RLHFCLI:
 def run_command(name: str, args: list[str]) -> None:
     """Run a command that is not a Trainer loop; its YAML and flags look the same."""
     function_ = COMMANDS[name]
-    parser = ArgumentParser(prog=f"rlhf_lightning {name}", description=(function_.__doc__ or "").split("\n")[0])
+    parser = CommandParser(prog=f"rlhf_lightning {name}", description=(function_.__doc__ or "").split("\n")[0])
     parser.add_argument("-c", "--config", action="config", help="Path to a configuration file.")
     parser.add_function_arguments(function_, fail_untyped=True, sub_configs=True)
     init = parser.instantiate_classes(parser.parse_args(args))
@@ -168,5 +170,6 @@ def _be_quiet() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("rlhf_lightning").setLevel(logging.INFO)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*`training_step` returned `None`.*")

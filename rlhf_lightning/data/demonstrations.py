@@ -18,7 +18,7 @@ class DemonstrationDataModule(RowsDataModule):
 
     def __init__(
         self,
-        source: str | Source,
+        source: Source | str,
         tokenizer: str | None = None,
         batch_size: int = 32,
         max_length: int = 1024,

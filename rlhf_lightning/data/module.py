@@ -27,7 +27,7 @@ class RowsDataModule(lightning.LightningDataModule):
 
     def __init__(
         self,
-        source: str | Source,
+        source: Source | str,
         tokenizer: str | None,
         batch_size: int,
         format: str | None,

@@ -16,7 +16,7 @@ class PreferenceDataModule(RowsDataModule):
 
     def __init__(
         self,
-        source: str | Source,
+        source: Source | str,
         tokenizer: str | None = None,
         batch_size: int = 32,
         max_length: int = 1024,

@@ -19,7 +19,7 @@ class PromptDataModule(RowsDataModule):
 
     def __init__(
         self,
-        source: str | Source,
+        source: Source | str,
         tokenizer: str | None = None,
         batch_size: int = 128,
         max_prompt_length: int = 512,

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import UserError, missing_model
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: no tokenizer in this folder (looked for {', '.join(TOKENIZER_FILES)})")
     if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise UserError(f"tokenizer folder {path} does not exist (working directory {Path.cwd()})")
+        raise UserError(missing_model(path))
     try:
         return AutoTokenizer.from_pretrained(str(folder) if folder.exists() else path, trust_remote_code=False)
     except (OSError, ValueError) as error:

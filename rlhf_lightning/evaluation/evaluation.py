@@ -159,7 +159,7 @@ class RewardEvaluation(Evaluation):
 
     def __init__(
         self,
-        source: str | Source,
+        source: Source | str,
         reward: Reward | None = None,
         prompts: int = 200,
         samples: int = 2,

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import UserError, missing_model
 from rlhf_lightning.models.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -93,23 +93,13 @@ def embedding_weight(model: PreTrainedModel) -> nn.Parameter:
     return weight
 
 
-def missing_model_message(path: str) -> str:
-    """Say that a folder is missing, and which command makes it where the layout of runs/ and configs/ tells."""
-    parts = Path(path).parts
-    if parts[-1:] == ("export",) and len(parts) >= 3:
-        config = Path("configs", *parts[-3:-1]).with_suffix(".yaml")
-        if config.is_file():
-            return f"{path} does not exist yet; make it with: python -m rlhf_lightning fit --config {config}"
-    return f"{path} is neither a folder here nor reachable on the hub; check the path, or run the stage that exports it"
-
-
 def _from_path(auto: Any, spec: ModelSpec, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
     path = str(spec.path)
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise UserError(f"{path} holds no config.json; give a folder in Hugging Face format, such as a run's export/")
     looks_local = path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1
     if looks_local and not Path(path).exists():
-        raise UserError(missing_model_message(path))
+        raise UserError(missing_model(path))
     common = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     try:
         config = _without_dropout(AutoConfig.from_pretrained(path, **common, **kwargs))
@@ -124,7 +114,7 @@ def _from_path(auto: Any, spec: ModelSpec, **kwargs: Any) -> tuple[PreTrainedMod
         )
     except (OSError, ValueError) as error:
         if not Path(path).exists():
-            raise UserError(missing_model_message(path)) from error
+            raise UserError(missing_model(path)) from error
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     return model, sorted(info["missing_keys"])
 
@@ -170,6 +160,7 @@ def _fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for name in ("pad", "bos", "eos"):
         setattr(model.config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
+    model.train()  # from_pretrained leaves eval mode, in which gradient checkpointing does nothing; dropout is off anyway
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

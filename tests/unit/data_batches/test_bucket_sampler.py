@@ -12,24 +12,24 @@ def lengths_of(rows, seed=0):
     return torch.randint(3, 200, (rows,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def sampler(rows=43, *, weights=None, batch_size=4, shuffle=True, **kwargs):
+def sampler(rows=43, *, weights=None, shuffle=True, **kwargs):
     lengths = lengths_of(rows)
-    return BucketBatchSampler(lengths, weights or lengths, batch_size=batch_size, shuffle=shuffle, **kwargs)
+    return BucketBatchSampler(lengths, weights or lengths, batch_size=4, shuffle=shuffle, **kwargs)
 
 
 def rows_of(plans):
     return [plan.rows for plan in plans]
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("order", [{"shuffle": True}, {"shuffle": True, "bucket_batches": 50}, {"shuffle": False}])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("rows", [3, 5, 12, 13, 24, 25, 26, 43, 700, 1201])
-def test_every_row_comes_once_an_epoch_over_all_ranks(rows, world_size, shuffle):
-    per_rank = [rows_of(sampler(rows, shuffle=shuffle, rank=rank, world_size=world_size)) for rank in range(world_size)]
+def test_every_row_comes_once_an_epoch_over_all_ranks(rows, world_size, order):
+    per_rank = [rows_of(sampler(rows, **order, rank=rank, world_size=world_size)) for rank in range(world_size)]
     seen = [row for rank in per_rank for batch in rank for row in batch]
     assert sorted(seen) == list(range(rows))
     counts = {len(rank) for rank in per_rank}
-    assert counts == {len(sampler(rows, shuffle=shuffle, world_size=world_size))}
+    assert counts == {len(sampler(rows, **order, world_size=world_size))}
     assert all(1 <= len(batch) <= 5 for rank in per_rank for batch in rank)
     assert sum(len(batch) != 4 for batch in per_rank[0]) <= 1
 
@@ -48,13 +48,13 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 
 def test_a_batch_is_not_always_made_of_the_same_rows():
-    one = sampler(1000)
+    one = sampler(1000, bucket_batches=50)
     first, second = ({frozenset(batch) for batch in rows_of(one)} for _ in range(2))
     assert len(first & second) < 0.1 * len(first)
 
 
 def test_short_and_long_batches_are_mixed_over_the_epoch():
-    batches = rows_of(sampler(200))
+    batches = rows_of(sampler(200, bucket_batches=50))
     lengths = lengths_of(200)
     means = [sum(lengths[r] for r in batch) / len(batch) for batch in batches]
     assert means != sorted(means)
@@ -121,10 +121,19 @@ def padding(batches, lengths):
     return sum(max(lengths[r] for r in batch) * len(batch) - sum(lengths[r] for r in batch) for batch in batches)
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_buckets_hold_far_less_padding_than_random_batches(shuffle):
+@pytest.mark.parametrize("order", [{"shuffle": True, "bucket_batches": 50}, {"shuffle": False}])
+def test_buckets_hold_far_less_padding_than_random_batches(order):
     rows = 1000
     lengths = lengths_of(rows)
-    random = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).split(4)
-    bucketed = padding(rows_of(sampler(rows, shuffle=shuffle)), lengths)
+    random = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).split(4)
+    bucketed = padding(rows_of(sampler(rows, **order)), lengths)
     assert bucketed < 0.1 * padding([batch.tolist() for batch in random], lengths)
+
+
+def test_without_buckets_batches_are_random_ones():
+    rows = 1000
+    lengths = lengths_of(rows, seed=2)
+    random = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).split(4)
+    plain = BucketBatchSampler(lengths, lengths, batch_size=4, shuffle=True, bucket_batches=1)
+    expected = padding([batch.tolist() for batch in random], lengths)
+    assert padding(rows_of(plain), lengths) == pytest.approx(expected, rel=0.1)

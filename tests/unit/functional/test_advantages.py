@@ -69,6 +69,14 @@ def test_whiten_counts_only_what_the_mask_counts(batch):
     )
 
 
+def test_slots_before_the_response_stay_zero_too():
+    mask = torch.tensor([[False, False, True, True]])
+    rewards, values = torch.tensor([[9.0, 9.0, 0.0, 1.0]]), torch.tensor([[9.0, 9.0, 0.5, 0.25]])
+    advantages, returns = gae(rewards, values, mask, gamma=1.0, gae_lambda=0.5)
+    assert advantages.tolist() == [[0.0, 0.0, 0.125, 0.75]]
+    assert returns.tolist() == [[0.0, 0.0, 0.625, 1.0]]
+
+
 def test_whitening_by_hand():
     whitened = whiten(torch.tensor([[0.43675, 0.565, 0.7]]), torch.ones(1, 3, dtype=torch.bool))
     torch.testing.assert_close(whitened, torch.tensor([[-0.991344, -0.017092, 1.008436]]), rtol=0, atol=2e-6)

@@ -9,6 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
 from rlhf_lightning.models.spec import ModelSpec
 
+torch.set_num_threads(1)  # threads that wait for each other cost more than they give
+
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
 
 

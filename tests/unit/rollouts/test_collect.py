@@ -70,7 +70,7 @@ def test_every_end_that_the_model_knows_ends_a_response(networks, tokenizer):
 def sampled(networks, tokenizer):
     torch.manual_seed(0)
     sampling = SamplingParameters(max_new_tokens=6, temperature=0.8)
-    networks[0].generation_config.eos_token_id = [5, 11]
+    networks[0].generation_config.eos_token_id = [5, 10]
     responses = generate_responses(BATCH, networks[0], tokenizer, TransformersEngine(), sampling)
     assert len(set(responses.response_mask.sum(1).tolist())) > 1  # of different lengths, else the masks are not tested
     return responses

@@ -1,0 +1,162 @@
+"""What a user can get wrong: one line that says what and what to do, exit code 2, no traceback, nothing left behind."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from rlhf_lightning.cli import main
+from rlhf_lightning.models.export import export_folder
+from rlhf_lightning.models.loading import load_causal_lm
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.worlds import world_tokenizer
+
+ARCHITECTURE = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+SFT = ["fit", "--model", "SFTModule", "--model.policy.architecture", json.dumps(ARCHITECTURE)]
+WORLD = ["--data", "DemonstrationDataModule", "--data.source", "HHHWorld", "--data.source.demonstrations", "16"]
+QUICK = ["--trainer.accelerator", "cpu", "--trainer.max_steps", "1", "--wandb", "disabled", "--samples.every_n_steps", "0"]
+QUICK += ["--trainer.enable_progress_bar", "false", "--data.source.held_out", "4"]
+
+
+def refused(capsys, *args: str) -> str:
+    """Run a command that must be refused; what it says."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main(list(args))
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    *before, last = said.strip().splitlines()
+    assert "error: " in last
+    assert not any(line.startswith("error: ") for line in before)
+    return last
+
+
+def from_file(path, run, *more: str) -> list[str]:
+    """SFT from a file, with a policy whose tokenizer serves."""
+    tokenizer = world_tokenizer()
+    policy = run.parent / "policy"
+    if not policy.exists():
+        export_folder(load_causal_lm(ModelSpec(architecture=ARCHITECTURE), tokenizer), tokenizer, policy)
+    args = ["fit", "--model", "SFTModule", "--model.policy.path", str(policy)]
+    args += ["--data", "DemonstrationDataModule", "--data.source", str(path), "--data.split.validation=0"]
+    return [*args, *QUICK[:-2], "--trainer.default_root_dir", str(run), *more]
+
+
+def test_a_missing_file_is_named(tmp_path, capsys):
+    said = refused(capsys, *from_file(tmp_path / "none.jsonl", tmp_path / "run"))
+    assert "none.jsonl" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "compl', ("rows.jsonl", "2")),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": ""}\n', ("completion", "2")),
+        ('{"question": "a"}\n', ("question",)),
+        ("", ("rows.jsonl", "empty")),
+        ('{"prompt": "a", "completion": "b"}\n{"chosen": "a", "rejected": "b"}\n', ("2",)),
+    ],
+    ids=["malformed", "empty field", "unknown columns", "empty file", "mixed formats"],
+)
+def test_bad_rows_are_named(tmp_path, capsys, rows, words):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(rows)
+    said = refused(capsys, *from_file(path, tmp_path / "run"))
+    for word in words:
+        assert word in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_supervised_token_left_is_an_error(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "who owns the kite ? " * 8, "completion": "anna"}) + "\n")
+    said = refused(capsys, *from_file(path, tmp_path / "run", "--data.max_length", "8"))
+    assert "without a token to learn" in said
+
+
+def test_an_unknown_key_is_named(tmp_path, capsys):
+    said = refused(capsys, *SFT, *WORLD, *QUICK, "--model.policy_typo", "1", "--trainer.default_root_dir", str(tmp_path / "run"))
+    assert "policy_typo" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_field_of_the_architecture_is_named(tmp_path, capsys):
+    wrong = [*SFT[:-1], json.dumps({**ARCHITECTURE, "hiden_size": 8})]
+    said = refused(capsys, *wrong, *WORLD, *QUICK, "--trainer.default_root_dir", str(tmp_path / "run"))
+    assert "hiden_size" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_another_run_is_left_alone(tmp_path, capsys):
+    run = tmp_path / "run"
+    main([*SFT, *WORLD, *QUICK, "--trainer.default_root_dir", str(run)])
+    weights = (run / "export" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    said = refused(capsys, *SFT, *WORLD, *QUICK, "--trainer.default_root_dir", str(run))
+    assert "holds another run" in said
+    assert "--overwrite true" in said
+    assert (run / "export" / "model.safetensors").read_bytes() == weights
+
+
+def test_overwriting_spares_a_folder_that_is_no_run(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    args = [*SFT, *WORLD, *QUICK, "--trainer.default_root_dir", str(tmp_path / "run"), "--overwrite", "true"]
+    assert "not overwritten" in refused(capsys, *args)
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+
+
+def test_ppo_before_sft_says_which_command_makes_its_input(tmp_path, capsys, monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+    where = "runs/quickstart/sft/export"
+    if (request.config.rootpath / where).exists():
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "configs").symlink_to(request.config.rootpath / "configs")
+    run = str(tmp_path / "run")
+    said = refused(capsys, "fit", "--config", "configs/quickstart/ppo.yaml", "--trainer.default_root_dir", run)
+    assert where in said
+    assert "fit --config configs/quickstart/sft.yaml" in said
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [("[1.0]", "one each is due"), ("[float('nan')] * len(prompts)", "nan"), ("['good'] * len(prompts)", "not a number")],
+    ids=["wrong count", "nan", "text"],
+)
+def test_a_reward_function_that_misbehaves_is_named(tmp_path, capsys, body, words):
+    (tmp_path / "mine.py").write_text(f"def praise(prompts, completions):\n    return {body}\n")
+    args = from_file("unused", tmp_path / "run")
+    args[2] = "PPOModule"
+    args[args.index("DemonstrationDataModule")] = "PromptDataModule"
+    args[args.index("unused")] = "HHHWorld"
+    args.remove("--data.split.validation=0")
+    args += ["--model.reward", "FunctionReward", "--model.reward.function", f"{tmp_path}/mine.py:praise"]
+    args += ["--model.critic", "null", "--model.sampling.max_new_tokens", "4", "--data.batch_size", "4"]
+    said = refused(capsys, *args)
+    assert "praise" in said
+    assert words in said
+
+
+def test_a_policy_and_a_reward_model_that_read_text_differently_are_refused(tmp_path, capsys):
+    args = from_file("unused", tmp_path / "run")
+    tokenizer = world_tokenizer()
+    tokenizer.add_tokens(["quark"])
+    export_folder(load_causal_lm(ModelSpec(architecture=ARCHITECTURE), tokenizer), tokenizer, tmp_path / "other")
+    args[2] = "DPOModule"
+    args[args.index("DemonstrationDataModule")] = "PreferenceDataModule"
+    args[args.index("unused")] = "HHHWorld"
+    args.remove("--data.split.validation=0")
+    said = refused(capsys, *args, "--model.reference.path", str(tmp_path / "other"))
+    assert "tokenizer" in said
+    assert str(tmp_path / "other") in said
+
+
+def test_from_the_shell_a_mistake_is_one_line_and_exit_code_two(tmp_path):
+    command = [sys.executable, "-m", "rlhf_lightning", *from_file(tmp_path / "none.jsonl", tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
