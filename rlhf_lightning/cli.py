@@ -20,7 +20,7 @@ from rlhf_lightning.callbacks.progress import RunProgress
 from rlhf_lightning.callbacks.samples import SampleTable
 from rlhf_lightning.commands.chat import chat
 from rlhf_lightning.commands.export import export
-from rlhf_lightning.commands.parser import CommandParser, TrainerParser
+from rlhf_lightning.commands.parser import CommandParser, TrainerParser, users_mistakes
 from rlhf_lightning.commands.pipeline import pipeline
 from rlhf_lightning.commands.run_folder import ForgetFailedStart, RunFolder, SaveRunConfig
 from rlhf_lightning.data.demonstrations import DemonstrationDataModule  # noqa: F401
@@ -66,6 +66,10 @@ class RLHFCLI(LightningCLI):
         if self.subcommand == "fit":
             self.run_folder.claim(resuming=config.get("ckpt_path") is not None, overwrite=config.overwrite)
 
+    def instantiate_classes(self) -> None:
+        with users_mistakes():
+            super().instantiate_classes()
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config[self.subcommand]
         if self.subcommand != "fit":
@@ -89,17 +93,16 @@ def default_loggers(folder: str, wandb: str) -> list[Logger]:
     return loggers
 
 
-def run_trainer(args: list[str], *, run: bool = True) -> RLHFCLI:
+def run_trainer(args: list[str]) -> RLHFCLI:
     """Parse and run one of Lightning's commands.
 
     Args:
         args: As on the command line, the command first.
-        run: False only parses and instantiates.
 
     Raises:
         UserError: For what the user can put right.
     """
-    cli = RLHFCLI(
+    return RLHFCLI(
         pl.LightningModule,
         pl.LightningDataModule,
         subclass_mode_model=True,
@@ -116,7 +119,6 @@ def run_trainer(args: list[str], *, run: bool = True) -> RLHFCLI:
         parser_class=TrainerParser,
         args=args,
     )
-    return cli
 
 
 def run_command(name: str, args: list[str]) -> None:
@@ -125,7 +127,9 @@ def run_command(name: str, args: list[str]) -> None:
     parser = CommandParser(prog=f"rlhf_lightning {name}", description=(function_.__doc__ or "").split("\n")[0])
     parser.add_argument("-c", "--config", action="config", help="Path to a configuration file.")
     parser.add_function_arguments(function_, fail_untyped=True, sub_configs=True)
-    init = parser.instantiate_classes(parser.parse_args(args))
+    parsed = parser.parse_args(args)
+    with users_mistakes():
+        init = parser.instantiate_classes(parsed)
     init.pop("config", None)
     function_(**init)
 

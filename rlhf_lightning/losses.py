@@ -83,6 +83,10 @@ class BradleyTerryLoss(RankingLoss):
     centering_coef: float = 0.01
     margin_scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Refuse coefficients for which the loss means nothing."""
+        _require_not_negative(centering_coef=self.centering_coef, margin_scale=self.margin_scale)
+
     def pairs(self, chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
         loss = bradley_terry_loss(chosen, rejected, margin=self.margin_scale * margin)
         return loss + self.centering_coef * centering_loss(chosen, rejected)
@@ -96,6 +100,13 @@ class PPOLoss:
     value_clip_range: float = 0.2
     value_coef: float = 0.1
     entropy_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse coefficients for which the loss means nothing."""
+        _require_positive("value_clip_range", self.value_clip_range)
+        if not 0 < self.clip_range < 1:
+            raise UserError(f"clip_range is in (0, 1), not {self.clip_range}")
+        _require_not_negative(value_coef=self.value_coef, entropy_coef=self.entropy_coef)
 
     def policy(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Summed policy loss and the number of clipped tokens, scalars."""
@@ -116,3 +127,9 @@ class PPOLoss:
 def _require_positive(name: str, value: float) -> None:
     if not value > 0:
         raise UserError(f"{name} must be positive, not {value}")
+
+
+def _require_not_negative(**coefficients: float) -> None:
+    for name, value in coefficients.items():
+        if not value >= 0:
+            raise UserError(f"{name} must not be negative, not {value}")

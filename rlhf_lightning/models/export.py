@@ -32,12 +32,20 @@ def export_folder(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         scratch.chmod(0o755)  # mkdtemp and safetensors keep everybody else out
         for file in scratch.iterdir():
             file.chmod(0o644)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(scratch, folder)
+        _replace_folder(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _replace_folder(new: Path, folder: Path) -> None:
+    """The old folder stands aside until the new one is in its place: killed in between, a whole one is there still."""
+    aside = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+    os.replace(new, folder)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def generation_config(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

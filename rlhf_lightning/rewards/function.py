@@ -57,9 +57,15 @@ class FunctionReward(Reward):
         if isinstance(result, Tensor):
             return result
         try:
-            return torch.tensor([float(x) for x in result])
+            return torch.tensor([_number(x) for x in result])
         except (TypeError, ValueError) as error:
             raise UserError(f"{self.name} returned something that is not a number: {error}") from error
+
+
+def _number(x: Any) -> float:
+    if isinstance(x, str):
+        raise TypeError(f"the text {x!r}")
+    return float(x)
 
 
 def _find(where: str) -> Callable[..., Any]:
@@ -79,7 +85,9 @@ def _find(where: str) -> Callable[..., Any]:
 def _module_from_file(path: str) -> Any:
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    # A name of its own: a user's math.py must not become everybody's `math`.
+    name = f"rlhf_lightning_user_{Path(path).stem}_{abs(hash(Path(path).resolve()))}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} can't be imported as Python")
     module = importlib.util.module_from_spec(spec)

@@ -12,10 +12,25 @@ from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.worlds import world_tokenizer
 
-ARCHITECTURE = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+ARCHITECTURE = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
 SFT = ["fit", "--model", "SFTModule", "--model.policy.architecture", json.dumps(ARCHITECTURE)]
 WORLD = ["--data", "DemonstrationDataModule", "--data.source", "HHHWorld", "--data.source.demonstrations", "16"]
-QUICK = ["--trainer.accelerator", "cpu", "--trainer.max_steps", "1", "--wandb", "disabled", "--samples.every_n_steps", "0"]
+QUICK = [
+    "--trainer.accelerator",
+    "cpu",
+    "--trainer.max_steps",
+    "1",
+    "--wandb",
+    "disabled",
+    "--samples.every_n_steps",
+    "0",
+]
 QUICK += ["--trainer.enable_progress_bar", "false", "--data.source.held_out", "4"]
 
 
@@ -78,7 +93,9 @@ def test_no_supervised_token_left_is_an_error(tmp_path, capsys):
 
 
 def test_an_unknown_key_is_named(tmp_path, capsys):
-    said = refused(capsys, *SFT, *WORLD, *QUICK, "--model.policy_typo", "1", "--trainer.default_root_dir", str(tmp_path / "run"))
+    said = refused(
+        capsys, *SFT, *WORLD, *QUICK, "--model.policy_typo", "1", "--trainer.default_root_dir", str(tmp_path / "run")
+    )
     assert "policy_typo" in said
     assert not (tmp_path / "run").exists()
 
@@ -123,7 +140,11 @@ def test_ppo_before_sft_says_which_command_makes_its_input(tmp_path, capsys, mon
 
 @pytest.mark.parametrize(
     ("body", "words"),
-    [("[1.0]", "one each is due"), ("[float('nan')] * len(prompts)", "nan"), ("['good'] * len(prompts)", "not a number")],
+    [
+        ("[1.0]", "one each is due"),
+        ("[float('nan')] * len(prompts)", "nan"),
+        ("['good'] * len(prompts)", "not a number"),
+    ],
     ids=["wrong count", "nan", "text"],
 )
 def test_a_reward_function_that_misbehaves_is_named(tmp_path, capsys, body, words):

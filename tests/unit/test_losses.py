@@ -69,3 +69,20 @@ def test_ppo_adds_the_value_term_and_takes_the_entropy_off():
 def test_coefficients_without_a_meaning_are_refused_by_name(make, named):
     with pytest.raises(UserError, match=named):
         make()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda: PPOLoss(clip_range=-0.1),
+        lambda: PPOLoss(clip_range=1.0),
+        lambda: PPOLoss(value_clip_range=0.0),
+        lambda: PPOLoss(value_coef=float("nan")),
+        lambda: PPOLoss(entropy_coef=-1.0),
+        lambda: BradleyTerryLoss(centering_coef=-0.01),
+        lambda: BradleyTerryLoss(margin_scale=float("nan")),
+    ],
+)
+def test_coefficients_that_mean_nothing_are_refused(bad):
+    with pytest.raises(UserError):
+        bad()
