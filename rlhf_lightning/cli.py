@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from rlhf_lightning import losses, modules, rewards, rollouts, worlds  # noqa: F401  (short class names in YAML)
 from rlhf_lightning.callbacks.export import ExportAtEnd
+from rlhf_lightning.callbacks.predictions import PredictionLines
 from rlhf_lightning.callbacks.progress import RunProgress
 from rlhf_lightning.callbacks.samples import SampleTable
 from rlhf_lightning.commands.chat import chat
@@ -63,6 +64,12 @@ class RLHFCLI(LightningCLI):
         if config.trainer.max_steps == -1 and limits == (None, None):
             config.trainer.max_epochs = 1  # Lightning's default is a thousand
         self.run_folder = RunFolder(root)
+        lines = PredictionLines.path(root)
+        if self.subcommand == "predict" and lines.exists() and not config.overwrite:
+            raise UserError(f"{lines} exists; replace it with --overwrite true, or give another --trainer.default_root_dir")
+        last = Path(config.checkpoint.dirpath, "last.ckpt")
+        if config.get("ckpt_path") == "last" and not last.is_file():
+            raise UserError(f"--ckpt_path last: there is no {last}; leave the flag out to begin a run")
         if self.subcommand == "fit":
             self.run_folder.claim(resuming=config.get("ckpt_path") is not None, overwrite=config.overwrite)
 
@@ -76,7 +83,7 @@ class RLHFCLI(LightningCLI):
             kwargs["logger"] = False
         elif config.trainer.logger is None:
             kwargs["logger"] = default_loggers(config.trainer.default_root_dir, config.wandb)
-        self.trainer_defaults["callbacks"] = [ForgetFailedStart(self.run_folder)]
+        self.trainer_defaults["callbacks"] = [ForgetFailedStart(self.run_folder), PredictionLines()]
         if config.trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(RunProgress())
         return super().instantiate_trainer(**kwargs)
@@ -137,7 +144,6 @@ def run_command(name: str, args: list[str]) -> None:
 def main(args: list[str] | None = None) -> None:
     """Entry point: exit code 0, or 2 and one line for a user's mistake."""
     args = list(sys.argv[1:] if args is None else args)
-    sys.argv[1:] = []  # LightningCLI warns where both are given
     _be_quiet()
     try:
         if args and args[0] in COMMANDS:
@@ -175,5 +181,7 @@ def _be_quiet() -> None:
     logging.getLogger("rlhf_lightning").setLevel(logging.INFO)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")  # argv stays: DDP starts its ranks from it
+    warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # what we log has been summed over ranks already
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*`training_step` returned `None`.*")

@@ -42,6 +42,7 @@ class Format:
 
 
 ALPACA_OPTIONAL = ("input", "system", "history")
+DEMONSTRATION_COLUMNS = ("text", "messages", "prompt", "completion")
 
 # The first that fits is taken, so those with more columns come first.
 FORMATS = (
@@ -125,7 +126,10 @@ def to_canonical(dataset: Dataset, kind: Kind, format: str | None = None, origin
     if converter.dropped:
         log.warning("%s: left out rows without anything to learn: %s", origin, converter.reasons())
     canonical = Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
-    others = dataset.remove_columns([name for name in dataset.column_names if name in used or name in rows[0]])
+    # Alpaca's rows repeat themselves in a column "text": it is not to be taken for what is learnt.
+    mistakable = DEMONSTRATION_COLUMNS if kind == "demonstrations" else ()
+    taken_care_of = {*used, *rows[0], *mistakable}
+    others = dataset.remove_columns([name for name in dataset.column_names if name in taken_care_of])
     if not others.column_names:
         return canonical
     others = others.select(kept).flatten_indices(keep_in_memory=True) if len(kept) < len(others) else others

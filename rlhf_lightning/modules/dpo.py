@@ -73,7 +73,7 @@ class DPOModule(LightningModule):
     def on_fit_start(self) -> None:
         self.reference.to(self.device)
 
-    on_validation_start = on_test_start = on_fit_start
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
 
     def forward(self, batch: PreferenceBatch) -> PolicyOutput:
         """Log-probabilities of the response tokens of chosen and rejected, in one forward."""
@@ -128,6 +128,9 @@ class DPOModule(LightningModule):
         inputs = responses.input_ids, responses.attention_mask, responses.sequence_mask
         log_ratio = self.policy(*inputs).logprobs - self.reference(*inputs).logprobs
         return as_samples(responses, self.loss.reward_scale * log_ratio.sum(1), count)
+
+    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> list[Sample]:
+        return self.show(batch, len(batch.margin))
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         self.eval_means.update(self._loss(batch)[1])

@@ -107,7 +107,7 @@ class PPOModule(LightningModule):
         self.model_path = policy.path
         self.actor_critic: ActorCritic | None = None
         self.iteration = self.episodes = 0
-        self.order = torch.Generator()
+        self.order = torch.Generator().manual_seed(torch.initial_seed())
         self.update_means, self.eval_means = Means(UPDATE), Means(EVALUATION)
         self.last_rollout: tuple[Responses, Tensor] | None = None
 
@@ -128,6 +128,8 @@ class PPOModule(LightningModule):
             raise UserError(
                 "PPO clips its own gradients and can't unscale float16 ones; use precision bf16-mixed or 32-true"
             )
+        if self.trainer.world_size > 1:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)  # ranks must not draw the same responses
         self._place()
 
     def _place(self) -> None:
@@ -138,7 +140,7 @@ class PPOModule(LightningModule):
         if not self.trainer.training and not self.trainer.sanity_checking:
             self._place()
 
-    on_test_start = on_validation_start
+    on_test_start = on_predict_start = on_validation_start
 
     # ---------------------------------------------------------------- one iteration
 
@@ -256,6 +258,10 @@ class PPOModule(LightningModule):
         return as_samples(*self.last_rollout, count) if self.last_rollout else []
 
     # ---------------------------------------------------------------- validation
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Sample]:
+        responses = self._generate(batch, self.sampling)
+        return as_samples(responses, checked_scores(self.reward, responses.samples), len(batch.prompts))
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Answer fixed prompts, greedily and sampled from a fixed seed: the training's random numbers are not touched."""

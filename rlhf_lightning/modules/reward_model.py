@@ -20,7 +20,7 @@ from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule
 from rlhf_lightning.modules.showing import Sample
 
-NAMES = ("loss", "accuracy", "margin", "mean_reward")
+NAMES = ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward")
 MEASURED = 2048  # responses: enough to know the mean to 2 % of the spread
 
 
@@ -75,12 +75,14 @@ class RewardModelModule(LightningModule):
     def _counted(
         self, batch: PreferenceBatch, loss: Tensor, chosen: Tensor, rejected: Tensor
     ) -> dict[str, tuple[Tensor, Tensor | int]]:
-        pairs = len(chosen)
+        pairs, scores = len(chosen), torch.cat([chosen, rejected])
         return {
             "loss": (loss.sum(), pairs),
             "accuracy": (preference_accuracy(chosen, rejected).sum(), pairs),
             "margin": ((chosen - rejected).sum(), pairs),
-            "mean_reward": ((chosen + rejected).sum(), 2 * pairs),
+            "min_reward": (scores.min(), 1),  # of a batch, as in TRL
+            "mean_reward": (scores.sum(), len(scores)),
+            "max_reward": (scores.max(), 1),
             "num_tokens": (batch.attention_mask.sum(), 1),
         }
 
@@ -112,7 +114,9 @@ class RewardModelModule(LightningModule):
 
     def show(self, batch: PreferenceBatch, count: int) -> list[Sample]:
         """A few pairs, chosen before rejected, with their scores."""
-        scores = torch.stack(self(batch), dim=1).flatten()[: 2 * count].tolist()
+        assert self.network is not None
+        both = self.network(batch.input_ids, batch.attention_mask).chunk(2)
+        scores = torch.stack(both, dim=1).flatten()[: 2 * count].tolist()
         pairs = len(batch.margin)
         samples = []
         for row, score in enumerate(scores):
@@ -122,6 +126,9 @@ class RewardModelModule(LightningModule):
             texts = self.tokenizer.batch_decode([prompt_ids.tolist(), ids[response].tolist()], skip_special_tokens=True)
             samples.append(Sample(texts[0], f"{('chosen', 'rejected')[row % 2]}: {texts[1]}", score))
         return samples
+
+    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> list[Sample]:
+        return self.show(batch, len(batch.margin))
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         chosen, rejected = self(batch)

@@ -86,6 +86,9 @@ class SFTModule(LightningModule):
         output = self.policy(responses.input_ids, responses.attention_mask, responses.sequence_mask)
         return as_samples(responses, output.logprobs.sum(1) / responses.response_mask.sum(1), count)
 
+    def predict_step(self, batch: SequenceBatch, batch_idx: int) -> list[Sample]:
+        return self.show(batch, len(batch.input_ids))
+
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         self.eval_means.update(self._loss(batch)[1])
 

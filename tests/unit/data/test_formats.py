@@ -292,7 +292,8 @@ def test_text_and_messages_in_one_file_are_refused(tmp_path):
 
 def test_a_format_by_name():
     rows = Dataset.from_list([{"prompt": "q", "completion": "a", "text": "t"}])
-    assert to_canonical(rows, "demonstrations", format="text").column_names == ["text", "prompt", "completion"]
+    assert to_canonical(rows, "demonstrations", format="text").column_names == ["text"]
+    assert to_canonical(rows, "demonstrations").column_names == ["prompt", "completion"]  # not the text beside them
     with pytest.raises(UserError, match="unknown format 'nonsense'; known: "):
         to_canonical(rows, "demonstrations", format="nonsense")
     with pytest.raises(UserError, match="format preference needs columns chosen, rejected"):
