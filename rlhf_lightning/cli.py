@@ -12,10 +12,11 @@ import lightning.pytorch as pl
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 
 from rlhf_lightning import losses, modules, rewards, rollouts, worlds  # noqa: F401  (short class names in YAML)
 from rlhf_lightning.callbacks.export import ExportAtEnd
+from rlhf_lightning.callbacks.metrics_file import RunMetrics
 from rlhf_lightning.callbacks.predictions import PredictionLines
 from rlhf_lightning.callbacks.progress import RunProgress
 from rlhf_lightning.callbacks.samples import SampleTable
@@ -91,7 +92,7 @@ class RLHFCLI(LightningCLI):
 
 def default_loggers(folder: str, wandb: str) -> list[Logger]:
     """metrics.csv in the run's folder, and W&B: offline unless asked otherwise."""
-    loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
+    loggers: list[Logger] = [RunMetrics(folder)]
     if wandb != "disabled":
         os.environ.setdefault("WANDB_SILENT", "true")
         Path(folder).mkdir(parents=True, exist_ok=True)
