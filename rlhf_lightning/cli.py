@@ -30,6 +30,7 @@ from rlhf_lightning.data.preferences import PreferenceDataModule  # noqa: F401
 from rlhf_lightning.data.prompts import PromptDataModule  # noqa: F401
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation import evaluation  # noqa: F401
+from rlhf_lightning.modules import strategies  # noqa: F401
 from rlhf_lightning.rewards import composite, function, reward_model, world  # noqa: F401
 from rlhf_lightning.rollouts import advantages, kl_control  # noqa: F401
 
@@ -67,7 +68,9 @@ class RLHFCLI(LightningCLI):
         self.run_folder = RunFolder(root)
         lines = PredictionLines.path(root)
         if self.subcommand == "predict" and lines.exists() and not config.overwrite:
-            raise UserError(f"{lines} exists; replace it with --overwrite true, or give another --trainer.default_root_dir")
+            raise UserError(
+                f"{lines} exists; replace it with --overwrite true, or give another --trainer.default_root_dir"
+            )
         last = Path(config.checkpoint.dirpath, "last.ckpt")
         if config.get("ckpt_path") == "last" and not last.is_file():
             raise UserError(f"--ckpt_path last: there is no {last}; leave the flag out to begin a run")

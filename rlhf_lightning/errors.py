@@ -18,4 +18,4 @@ def missing_model(path: str) -> str:
         config = Path("configs", *parts[-3:-1]).with_suffix(".yaml")
         if config.is_file():
             return f"{path} does not exist yet; make it with: python -m rlhf_lightning fit --config {config}"
-    return f"{path} is neither a folder here ({Path.cwd()}) nor reachable on the hub; check it, or run the stage that exports it"
+    return f"{path} is neither a folder here ({Path.cwd()}) nor reachable on the hub; check it or run the stage that exports it"

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlhf_lightning.models.export import export_folder
 from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.sharding import is_sharded, whole_state_dict
 
 
 class ExportAtEnd(Callback):
@@ -19,20 +20,21 @@ class ExportAtEnd(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if trainer.is_global_zero:
-            export_module(pl_module, self.folder or Path(trainer.default_root_dir, "export"))
+        export_module(pl_module, self.folder or Path(trainer.default_root_dir, "export"), trainer.is_global_zero)
         trainer.strategy.barrier("export")
 
 
-def export_module(module: Any, folder: str | Path) -> Path:
+def export_module(module: Any, folder: str | Path, writes: bool = True) -> Path:
     """Write what a module has trained: the policy, or the reward model with its normalisation.
 
     Args:
         module: One of the project's modules, configured.
         folder: Where to.
+        writes: Whether this rank writes; every rank calls, for shards are gathered from all.
     """
     actor_critic = getattr(module, "actor_critic", None)
     trained = actor_critic.policy if actor_critic is not None else getattr(module, "policy", None) or module.network
     if isinstance(trained, ScalarModel):
         trained.describe_normalisation()
-    return export_folder(trained.network, module.tokenizer, folder)
+    weights = whole_state_dict(trained.network) if is_sharded(trained.network) else None
+    return export_folder(trained.network, module.tokenizer, folder, weights) if writes else Path(folder)

@@ -3,6 +3,7 @@
 import csv
 import warnings
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
@@ -17,7 +18,7 @@ class RunMetrics(CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
+    def experiment(self) -> Any:
         if self._experiment is None:
             path = Path(self.log_dir, ExperimentWriter.NAME_METRICS_FILE)
             kept = path.read_text() if path.is_file() else ""

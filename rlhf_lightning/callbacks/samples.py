@@ -28,7 +28,7 @@ class SampleTable(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        if self.every_n_steps and (done % self.every_n_steps == 0 or done == 1) and trainer.is_global_zero:
+        if self.every_n_steps and (done % self.every_n_steps == 0 or done == 1):
             self._show(trainer, pl_module, batch, done)
 
     @torch.no_grad()

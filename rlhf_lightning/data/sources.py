@@ -7,7 +7,7 @@ from typing import Literal
 
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
-from httpx import HTTPError
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data.files import load_path, root_cause
@@ -108,7 +108,7 @@ class HubSource(Source):
         """
         try:
             loaded = load_dataset(self.name, self.config, split=split, revision=self.revision)
-        except (DatasetsError, OSError, ValueError, RuntimeError, HTTPError) as error:
+        except (DatasetsError, OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
             raise UserError(
                 f"hub dataset '{self.name}' (config {self.config}, split {split}) can't load: {root_cause(error)}; "
                 "check the name and the connection, or give a local file"

@@ -4,11 +4,17 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def export_folder(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
+def export_folder(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    weights: dict[str, Any] | None = None,
+) -> Path:
     """Write weights (safetensors), config, generation config, tokenizer and chat template.
 
     Written beside its place and renamed, so that a folder with this name is always whole.
@@ -17,6 +23,7 @@ def export_folder(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         network: A causal language model or sequence classifier.
         tokenizer: The one it was trained with.
         folder: Where to; replaced if it exists.
+        weights: The network's state dict, where the network itself holds only shards.
 
     Returns:
         ``folder``.
@@ -27,7 +34,7 @@ def export_folder(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     try:
         if network.can_generate():
             network.generation_config = generation_config(network, tokenizer)
-        network.save_pretrained(scratch)
+        network.save_pretrained(scratch, state_dict=weights)
         tokenizer.save_pretrained(scratch)
         scratch.chmod(0o755)  # mkdtemp and safetensors keep everybody else out
         for file in scratch.iterdir():

@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data.chat import ensure_chat_template
 from rlhf_lightning.data.tokenizers import load_tokenizer, repair_pad_token, same_tokenizer
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.sharding import shard
 
 
 def training_tokenizer(module: LightningModule, *paths: str | None) -> PreTrainedTokenizerBase:
@@ -37,6 +40,12 @@ def training_tokenizer(module: LightningModule, *paths: str | None) -> PreTraine
             raise UserError("a model from scratch needs a data module whose tokenizer it can take over")
         tokenizer = ready_tokenizer(hub[0])
     return tokenizer
+
+
+def shard_if_asked(module: LightningModule, network: nn.Module) -> None:
+    """Under FSDP2 (``ModelParallelStrategy``), shard a network over the ranks; elsewhere nothing."""
+    if isinstance(getattr(module._trainer, "strategy", None), ModelParallelStrategy):
+        shard(network, module.device_mesh["data_parallel"])  # type: ignore[index]
 
 
 def ready_tokenizer(path: str) -> PreTrainedTokenizerBase:

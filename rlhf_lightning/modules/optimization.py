@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -50,5 +51,9 @@ class Schedule:
 def gradient_norm(network: nn.Module) -> Tensor:
     """Euclidean norm of all gradients, before clipping. Scalar."""
     grads = [p.grad for p in network.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded under FSDP2
+    return whole(torch.nn.utils.get_total_norm(grads))
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor that FSDP2 may have left in shards, gathered."""
+    return x.full_tensor() if isinstance(x, DTensor) else x

@@ -21,10 +21,11 @@ from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
 from rlhf_lightning.models.policy import PolicyNetwork
 from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.sharding import gathered, wake
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.modules.handoff import training_tokenizer
+from rlhf_lightning.modules.handoff import shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_training
-from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule
+from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, whole
 from rlhf_lightning.modules.rollout_metrics import EVALUATION, UPDATE, evaluation_counts, rollout_means
 from rlhf_lightning.modules.showing import Sample, as_samples
 from rlhf_lightning.rewards.reward import Reward, checked_scores
@@ -122,6 +123,8 @@ class PPOModule(LightningModule):
         reference = PolicyNetwork(load_causal_lm(self.policy_spec, self.tokenizer))
         reference.load_state_dict(policy.state_dict())
         self.actor_critic, self.reference = ActorCritic(policy, critic), Frozen(reference)
+        shard_if_asked(self, self.actor_critic)
+        shard_if_asked(self, self.reference.network)
 
     def on_fit_start(self) -> None:
         if str(self.trainer.precision).startswith("16"):
@@ -133,6 +136,8 @@ class PPOModule(LightningModule):
         self._place()
 
     def _place(self) -> None:
+        assert self.actor_critic is not None
+        wake(self.actor_critic, self.device)
         self.reference.to(self.device)
         self.reward.prepare(self.device)
 
@@ -166,7 +171,8 @@ class PPOModule(LightningModule):
 
     def _generate(self, batch: PromptBatch, sampling: SamplingParameters) -> Responses:
         assert self.actor_critic is not None
-        return generate_responses(batch, self.actor_critic.policy.network, self.tokenizer, self.engine, sampling)
+        with gathered(self.actor_critic):
+            return generate_responses(batch, self.actor_critic.policy.network, self.tokenizer, self.engine, sampling)
 
     def _learn(self, rollout: Rollout) -> bool:
         """Epochs of minibatches; True if the KL stopped them early."""
@@ -189,7 +195,7 @@ class PPOModule(LightningModule):
             self.manual_backward(loss * self.trainer.world_size / tokens)
             log_ratio_squares += squares
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.update.max_grad_norm)
-        self.update_means.update({"grad_norm": (norm, 1)})
+        self.update_means.update({"grad_norm": (whole(norm), 1)})
         optimizer.step()
         return float(self._all_sum(log_ratio_squares) / tokens)
 
@@ -273,7 +279,7 @@ class PPOModule(LightningModule):
                 responses = self._generate(batch, sampling)
                 scores = checked_scores(self.reward, responses.samples).to(self.device)
                 inputs = responses.input_ids, responses.attention_mask, responses.sequence_mask
-                policy = self.actor_critic.policy(*inputs, temperature=self.sampling.temperature)
+                policy = self.actor_critic(*inputs, temperature=self.sampling.temperature)
                 reference = self.reference(*inputs, temperature=self.sampling.temperature)
                 log_ratio = policy.logprobs - reference.logprobs
                 self.eval_means.update(evaluation_counts(mode, responses, scores, log_ratio))

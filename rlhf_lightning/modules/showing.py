@@ -11,6 +11,7 @@ from rlhf_lightning.data.collate import pad_right
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.transformers_engine import TransformersEngine
 from rlhf_lightning.models.policy import PolicyNetwork
+from rlhf_lightning.models.sharding import gathered
 from rlhf_lightning.rollouts.collect import Responses, generate_responses
 
 
@@ -34,7 +35,8 @@ def sampled_responses(
     device = batch.input_ids.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        return generate_responses(prompts, policy.network, tokenizer, TransformersEngine(), sampling)
+        with gathered(policy):
+            return generate_responses(prompts, policy.network, tokenizer, TransformersEngine(), sampling)
 
 
 def prompt_batch(tokenizer: PreTrainedTokenizerBase, batch: SequenceBatch | PreferenceBatch, count: int) -> PromptBatch:

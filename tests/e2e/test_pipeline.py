@@ -25,7 +25,9 @@ ROOT = Path(__file__).parents[2]
 
 def run(*args: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "rlhf_lightning", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "160"})
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "160"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,13 @@ def small(tmp_path_factory):
 def test_every_stage_leaves_its_run_and_a_report_is_written(small):
     folder, printed = small
     for stage in ("sft", "reward", "dpo", "ppo"):
-        for name in ("config.yaml", "metrics.csv", "export/config.json", "export/model.safetensors", "checkpoints/last.ckpt"):
+        for name in (
+            "config.yaml",
+            "metrics.csv",
+            "export/config.json",
+            "export/model.safetensors",
+            "checkpoints/last.ckpt",
+        ):
             assert (folder / "run" / stage / name).is_file(), f"{stage}/{name}"
     assert "report:" in printed
     page = (folder / "run" / "report" / "index.html").read_text()

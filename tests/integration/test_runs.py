@@ -9,7 +9,14 @@ import torch
 from rlhf_lightning.cli import main
 
 ARCHITECTURE = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-SFT = ["--model", "SFTModule", "--model.policy.architecture", json.dumps(ARCHITECTURE), "--model.sampling.max_new_tokens", "4"]
+SFT = [
+    "--model",
+    "SFTModule",
+    "--model.policy.architecture",
+    json.dumps(ARCHITECTURE),
+    "--model.sampling.max_new_tokens",
+    "4",
+]
 SFT += ["--data", "DemonstrationDataModule", "--data.source", "HHHWorld", "--data.source.demonstrations", "64"]
 SFT += ["--data.source.held_out", "8", "--data.batch_size", "8", "--trainer.accelerator", "cpu", "--wandb", "disabled"]
 SFT += ["--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "1", "--samples.every_n_steps", "0"]

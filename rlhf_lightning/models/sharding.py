@@ -1,0 +1,67 @@
+"""FSDP2: weights, gradients and optimizer state in shards over ranks, and whole again for generation and export."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+
+def shard(network: nn.Module, mesh: Any) -> None:
+    """Shard each transformer block on its own, and what is left (embeddings, heads) with the root.
+
+    Args:
+        network: The root whose ``forward`` training calls; its hooks gather what the blocks' do not.
+        mesh: One-dimensional device mesh of the ranks that share the weights.
+    """
+    for blocks in [m for m in network.modules() if isinstance(m, nn.ModuleList)]:
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Whether any of the weights is in shards."""
+    return any(isinstance(m, FSDPModule) for m in network.modules())
+
+
+@torch.no_grad()
+def wake(network: nn.Module, device: torch.device) -> None:
+    """Show the root a first forward: FSDP2 wants that before anything below the root is called.
+
+    Args:
+        network: Takes input ids, attention mask and response mask.
+        device: Where its inputs go.
+    """
+    if is_sharded(network):
+        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+        network(ids, torch.ones_like(ids, dtype=torch.bool), torch.tensor([[False, True]], device=device))
+
+
+@contextmanager
+def gathered(network: nn.Module) -> Iterator[None]:
+    """Keep all weights whole for a while: generation would else gather them at every token, and ranks that decode
+    different lengths would wait for each other for ever. Without shards nothing happens.
+    """
+    shards = [m for m in network.modules() if isinstance(m, FSDPModule)]
+    for part in shards:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in shards:
+            part.reshard()
+            part.set_reshard_after_forward(True, recurse=False)
+
+
+def whole_state_dict(network: nn.Module) -> dict[str, Any]:
+    """All weights on the CPU of every rank's rank 0; a collective where there are shards.
+
+    Returns:
+        The state dict; empty on ranks other than 0 where there are shards.
+    """
+    return get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
