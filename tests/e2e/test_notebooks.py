@@ -7,6 +7,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
@@ -19,12 +20,9 @@ class ThisPython(AsyncKernelManager):
     """Starts kernels of the interpreter that runs the tests, whatever "python3" is registered as, or nothing."""
 
     @property
-    def kernel_cmd(self) -> list[str]:
-        return [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-
-    def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
-        values = {"connection_file": self.connection_file}
-        return [part.format(**values) for part in self.kernel_cmd] + (extra_arguments or [])
+    def kernel_spec(self) -> KernelSpec:
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        return KernelSpec(argv=command, display_name="Python 3", language="python")
 
 
 def figures(name: str) -> dict[str, Any]:
