@@ -53,11 +53,17 @@ def ids_of(tokenizer, text):
     return torch.tensor([tokenizer(text).input_ids])
 
 
-def test_sft_lowers_the_held_out_loss_of_a_pretrained_model(run):
-    stories = str(DATA / "tinystories" / "tinystories_sample_2MiB.txt")
-    flags = ["--model.policy.path", str(MODEL), "--data.source", stories, "--data.max_length", "192"]
+def stories():
+    text = (DATA / "tinystories" / "tinystories_sample_2MiB.txt").read_text()
+    return [story.strip() for story in text.split("<|endoftext|>")]
+
+
+def test_sft_lowers_the_held_out_loss_of_a_pretrained_model(run, tmp_path):
+    short = tmp_path / "stories.txt"
+    short.write_text("\n<|endoftext|>\n".join(story for story in stories() if len(story) < 600))
+    flags = ["--model.policy.path", str(MODEL), "--data.source", str(short)]
     _, before = run("validate", "tinystories_sft", *flags)
-    cli, after = run("fit", "tinystories_sft", *flags, "--data.split.limit", "640")
+    cli, after = run("fit", "tinystories_sft", *flags)
     # A pretrained model: its loss is that of a model of stories from the start (ln 512 is 6.2), so what is left is small.
     assert before["eval/loss"] < 2
     assert after["eval/loss"] < before["eval/loss"] - 0.02
@@ -112,9 +118,7 @@ def test_dpo_makes_a_model_prefer_polite_answers(run, polite):
 
 def story_openings():
     """Distinct beginnings of stories: with few repetitions a prompt is not seen often."""
-    stories = (DATA / "tinystories" / "tinystories_sample_2MiB.txt").read_text().split("<|endoftext|>")
-    beginnings = [" ".join(story.split()[:8]) for story in stories if story.strip().startswith("Once upon a time")]
-    return sorted(set(beginnings))
+    return sorted({" ".join(story.split()[:8]) for story in stories() if story.startswith("Once upon a time")})
 
 
 def test_ppo_turns_stories_from_cheerful_to_gloomy(run, tmp_path):
