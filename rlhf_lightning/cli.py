@@ -1,15 +1,12 @@
 """The command line: Lightning's fit, validate, test and predict, and the commands beside them."""
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -24,6 +21,7 @@ from rlhf_lightning.commands.chat import chat
 from rlhf_lightning.commands.export import export
 from rlhf_lightning.commands.parser import CommandParser, TrainerParser, users_mistakes
 from rlhf_lightning.commands.pipeline import pipeline
+from rlhf_lightning.commands.quiet import be_quiet
 from rlhf_lightning.commands.run_folder import ForgetFailedStart, RunFolder, SaveRunConfig
 from rlhf_lightning.data.demonstrations import DemonstrationDataModule  # noqa: F401
 from rlhf_lightning.data.preferences import PreferenceDataModule  # noqa: F401
@@ -52,6 +50,8 @@ class RLHFCLI(LightningCLI):
         parser.add_lightning_class_args(ExportAtEnd, "export")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{step}"})
+        # Else it saves after validations only, and last.ckpt lacks whatever was trained since the last of them.
+        parser.set_defaults({"checkpoint.save_on_train_epoch_end": True})
 
     def _parse_ckpt_path(self) -> None:
         """The command line wins over what a checkpoint remembers; our checkpoints hold no hyper-parameters at all."""
@@ -148,7 +148,7 @@ def run_command(name: str, args: list[str]) -> None:
 def main(args: list[str] | None = None) -> None:
     """Entry point: exit code 0, or 2 and one line for a user's mistake."""
     args = list(sys.argv[1:] if args is None else args)
-    _be_quiet()
+    be_quiet()
     try:
         if args and args[0] in COMMANDS:
             run_command(args[0], args[1:])
@@ -177,15 +177,3 @@ def _short_name(class_path: str) -> str:
     return "".join(
         f"_{c.lower()}" if c.isupper() and i and not name[i - 1].isupper() else c.lower() for i, c in enumerate(name)
     )
-
-
-def _be_quiet() -> None:
-    """Our own messages, and of the libraries' only what someone should act on."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("rlhf_lightning").setLevel(logging.INFO)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")  # argv stays: DDP starts its ranks from it
-    warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # what we log has been summed over ranks already
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*`training_step` returned `None`.*")

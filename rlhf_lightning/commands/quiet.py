@@ -1,0 +1,35 @@
+"""Our own messages, and of the libraries' only what someone should act on: for the command line and for notebooks."""
+
+import logging
+import warnings
+
+import datasets
+import transformers
+
+IGNORED = (
+    ".*LightningCLI's args parameter.*",  # argv stays as it is: DDP starts its ranks from it
+    ".*sync_dist=True.*",  # what we log has been summed over ranks already
+    ".*does not have many workers.*",
+    ".*`training_step` returned `None`.*",  # PPO steps its optimizer itself
+    ".*treespec, LeafSpec.*",
+    ".*smaller than the logging interval.*",
+    "IProgress not found.*",
+)
+
+
+def be_quiet(progress_bars: bool = True) -> None:
+    """Show our log from INFO on, the libraries' from WARNING on, and none of the warnings that ask for nothing.
+
+    Args:
+        progress_bars: False also hides the bars of datasets.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("rlhf_lightning").setLevel(logging.INFO)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not progress_bars:
+        datasets.disable_progress_bars()
+    for message in IGNORED:
+        warnings.filterwarnings("ignore", message)
