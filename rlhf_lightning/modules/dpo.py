@@ -19,7 +19,7 @@ from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.handoff import shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
-from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule
+from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled
 from rlhf_lightning.modules.showing import Sample, as_samples, sampled_responses
 
 NAMES = (
@@ -147,9 +147,7 @@ class DPOModule(LightningModule):
         log_evaluation(self, self.eval_means)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_factory(self.parameters())
-        scheduler = self.schedule.attach(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return scheduled(self.optimizer_factory(self.parameters()), self.schedule, self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["num_tokens"] = self.num_tokens

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -46,6 +47,12 @@ class Schedule:
     def attach(self, optimizer: Optimizer, total: int) -> LambdaLR:
         """A scheduler that follows this schedule over ``total`` steps."""
         return LambdaLR(optimizer, lambda step: self.multiplier(step, total))
+
+
+def scheduled(optimizer: Optimizer, schedule: Schedule, trainer: Trainer) -> dict[str, Any]:
+    """What ``configure_optimizers`` returns where Lightning steps: a schedule over all optimizer steps of the run."""
+    scheduler = schedule.attach(optimizer, int(trainer.estimated_stepping_batches))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def gradient_norm(network: nn.Module) -> Tensor:

@@ -17,7 +17,7 @@ from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.handoff import shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
-from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule
+from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled
 from rlhf_lightning.modules.showing import Sample
 
 NAMES = ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward")
@@ -151,9 +151,7 @@ class RewardModelModule(LightningModule):
         self.on_validation_epoch_end()
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_factory(self.parameters())
-        scheduler = self.schedule.attach(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return scheduled(self.optimizer_factory(self.parameters()), self.schedule, self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["num_tokens"] = self.num_tokens
