@@ -232,6 +232,10 @@ class PPOModule(LightningModule):
         """Schedules, counters, KL control and the log."""
         scheduler: Any = self.lr_schedulers()
         means = rollout_means(rollout, self.kl.coef, self._all_sum)
+        for name, scores in self.reward.parts().items():
+            counted = torch.tensor([float(scores.sum()), float(len(scores))], device=self.device)
+            total, count = self._all_sum(counted).tolist()
+            means[f"rewards/{name}/mean"] = torch.tensor(total / count)
         updates = self.update_means.compute()
         updates["val/ratio_var"] = updates.pop("val/ratio_squared") - updates["val/ratio"].square()
         rates = scheduler.get_last_lr()

@@ -13,6 +13,7 @@ class WeightedRewards(Reward):
     def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
         """Args: the rewards, and a weight each (1 if not given)."""
         self.rewards = rewards
+        self._parts: dict[str, Tensor] = {}
         self.weights = weights if weights is not None else [1.0] * len(rewards)
         if not rewards or len(self.weights) != len(rewards):
             raise UserError(f"{len(rewards)} rewards and {len(self.weights)} weights; give one weight a reward")
@@ -22,14 +23,11 @@ class WeightedRewards(Reward):
             reward.prepare(device)
 
     def score(self, samples: Samples) -> Tensor:
-        return sum(
-            (w * s.cpu() for w, s in zip(self.weights, self.parts(samples).values(), strict=True)), torch.tensor(0.0)
-        )
-
-    def parts(self, samples: Samples) -> dict[str, Tensor]:
-        """Each reward's own scores, by a name that is unique."""
-        named: dict[str, Tensor] = {}
+        self._parts = {}
         for reward in self.rewards:
-            name = reward.name if reward.name not in named else f"{reward.name}_{len(named)}"
-            named[name] = checked_scores(reward, samples)
-        return named
+            name = reward.name if reward.name not in self._parts else f"{reward.name}_{len(self._parts)}"
+            self._parts[name] = checked_scores(reward, samples).cpu()
+        return torch.stack([w * s for w, s in zip(self.weights, self._parts.values(), strict=True)]).sum(0)
+
+    def parts(self) -> dict[str, Tensor]:
+        return self._parts

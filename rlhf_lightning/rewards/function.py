@@ -33,6 +33,8 @@ class FunctionReward(Reward):
         """
         self.function = _find(function) if isinstance(function, str) else function
         parameters = inspect.signature(self.function).parameters.values()
+        variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        self._needs = {p.name for p in parameters if p.default is p.empty and p.kind not in variable}
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._takes = {p.name for p in parameters}
 
@@ -51,6 +53,11 @@ class FunctionReward(Reward):
             "completions": completions,
             "completion_ids": samples.completion_ids,
         }
+        missing = sorted(self._needs - given.keys())
+        if missing:
+            raise UserError(
+                f"{self.name} needs {', '.join(missing)}, which the rows have not; they have {', '.join(sorted(given))}"
+            )
         result = self.function(**{k: v for k, v in given.items() if self._takes_all or k in self._takes})
         if not isinstance(result, list | tuple | Tensor):
             raise UserError(f"{self.name} returned {type(result).__name__}; return a list with one number a response")

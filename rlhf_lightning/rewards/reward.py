@@ -40,6 +40,10 @@ class Reward(ABC):
     def prepare(self, device: torch.device | str) -> None:  # noqa: B027  (most rewards have nothing to load)
         """Load what is needed, on this device. Called once, before the first score."""
 
+    def parts(self) -> dict[str, Tensor]:
+        """What the last scores were made of, by name, shape (samples,) each; nothing for a single reward."""
+        return {}
+
     @abstractmethod
     def score(self, samples: Samples) -> Tensor:
         """Score each sample; shape (len(samples.prompts),), float32, higher is better."""

@@ -120,7 +120,7 @@ def test_weighted_rewards_add_up_and_keep_their_parts_apart():
     parts = [Constant(2.0), FunctionReward(length), Constant(-1.0)]
     reward = WeightedRewards(parts, weights=[0.5, 2.0, 3.0])
     assert checked_scores(reward, SAMPLES).tolist() == [0.5 * 2 + 2 * 3 - 3, 0.5 * 2 + 2 * 9 - 3]
-    by_name = {name: scores.tolist() for name, scores in reward.parts(SAMPLES).items()}
+    by_name = {name: scores.tolist() for name, scores in reward.parts().items()}
     assert by_name["Constant"] == [2.0, 2.0]
     assert by_name["length"] == [3.0, 9.0]
     assert sorted(by_name.values()) == [[-1.0, -1.0], [2.0, 2.0], [3.0, 9.0]]
@@ -136,3 +136,21 @@ def test_a_bad_part_is_named_and_weights_have_to_match():
         WeightedRewards([Constant(1.0)], weights=[1.0, 2.0])
     with pytest.raises(UserError, match="0 rewards"):
         WeightedRewards([])
+
+
+def test_a_function_that_needs_a_column_which_is_not_there_says_so():
+    def needs_truth(completions, ground_truth):
+        return [0.0 for _ in completions]
+
+    with pytest.raises(UserError, match="needs_truth needs ground_truth"):
+        FunctionReward(needs_truth).score(Samples(["a"], ["b"], [[1]], [False]))
+
+
+def test_what_a_sum_of_rewards_was_made_of_can_be_logged():
+    def long(completions):
+        return [float(len(text)) for text in completions]
+
+    both = WeightedRewards([FunctionReward(long), FunctionReward(long)], [1.0, -0.5])
+    scores = both.score(Samples(["a", "a"], ["bb", "bbbb"], [[1], [1]], [False, False]))
+    assert scores.tolist() == [1.0, 2.0]
+    assert {name: part.tolist() for name, part in both.parts().items()} == {"long": [2.0, 4.0], "long_1": [2.0, 4.0]}
