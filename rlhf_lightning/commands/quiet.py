@@ -14,6 +14,9 @@ IGNORED = (
     ".*treespec, LeafSpec.*",
     ".*smaller than the logging interval.*",
     "IProgress not found.*",
+    ".*have no logger configured.*",  # validate, test and predict print
+    ".*Found .* in eval mode at the start of training.*",  # metrics
+    ".*custom batch sampler.*for prediction.*",
 )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -87,8 +88,20 @@ def log_training(module: LightningModule, values: dict[str, Tensor | float], pro
     module.log_dict(shown, prog_bar=True, logger=False)
 
 
-def log_evaluation(module: LightningModule, means: Means) -> None:
-    """Log what a validation or test counted, under ``eval/`` or ``test/``, and forget it."""
+def log_evaluation(module: LightningModule, means: Means, **more: Tensor) -> None:
+    """Log what a validation or test counted, under ``eval/`` or ``test/``, and forget it.
+
+    Args:
+        module: The one that is evaluated.
+        means: What was counted.
+        more: Further scalars by name.
+    """
     stage = "test" if module.trainer.testing else "eval"
-    module.log_dict({f"{stage}/{name}": value for name, value in means.compute().items()})
+    values = {f"{stage}/{name}": value for name, value in {**means.compute(), **more}.items()}
     means.reset()
+    fitting = module.trainer.state.fn == TrainerFn.FITTING
+    module.log_dict(values, logger=not fitting)
+    if fitting and not module.trainer.sanity_checking:
+        # At our own step: Lightning's counts batches, which under manual optimization are not optimizer steps.
+        for logger in module.loggers:
+            logger.log_metrics({name: float(value) for name, value in values.items()}, step=module.global_step)

@@ -138,11 +138,9 @@ class RewardModelModule(LightningModule):
         self._eval_differences.append((chosen - rejected).detach())
 
     def on_validation_epoch_end(self) -> None:
-        stage = "test" if self.trainer.testing else "eval"
-        differences = torch.cat(self._eval_differences)
-        self.log(f"{stage}/calibration_error", expected_calibration_error(differences), sync_dist=True)
+        calibration = expected_calibration_error(torch.cat(self._eval_differences))
         self._eval_differences.clear()
-        log_evaluation(self, self.eval_means)
+        log_evaluation(self, self.eval_means, calibration_error=calibration)
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)

@@ -72,7 +72,7 @@ def test_a_missing_file_is_named(tmp_path, capsys):
         ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": ""}\n', ("completion", "2")),
         ('{"question": "a"}\n', ("question",)),
         ("", ("rows.jsonl", "empty")),
-        ('{"prompt": "a", "completion": "b"}\n{"chosen": "a", "rejected": "b"}\n', ("2",)),
+        ('{"prompt": "a", "completion": "b"}\n{"chosen": "a", "rejected": "b"}\n', ("row 1", "chosen")),
     ],
     ids=["malformed", "empty field", "unknown columns", "empty file", "mixed formats"],
 )
