@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -19,7 +20,7 @@ from rlhf_lightning.callbacks.progress import RunProgress
 from rlhf_lightning.callbacks.samples import SampleTable
 from rlhf_lightning.commands.chat import chat
 from rlhf_lightning.commands.export import export
-from rlhf_lightning.commands.parser import CommandParser, TrainerParser, users_mistakes
+from rlhf_lightning.commands.parser import CommandParser, TrainerParser, one_line, users_mistakes
 from rlhf_lightning.commands.pipeline import pipeline
 from rlhf_lightning.commands.quiet import be_quiet
 from rlhf_lightning.commands.run_folder import ForgetFailedStart, RunFolder, SaveRunConfig
@@ -156,8 +157,8 @@ def main(args: list[str] | None = None) -> None:
             run_trainer(args)
         else:
             _usage(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, MisconfigurationException) as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

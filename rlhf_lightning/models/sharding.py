@@ -59,9 +59,9 @@ def gathered(network: nn.Module) -> Iterator[None]:
 
 
 def whole_state_dict(network: nn.Module) -> dict[str, Any]:
-    """All weights on the CPU of every rank's rank 0; a collective where there are shards.
+    """All weights, on the CPU of rank 0; every rank must call.
 
     Returns:
-        The state dict; empty on ranks other than 0 where there are shards.
+        The state dict; empty on the other ranks where there are shards.
     """
     return get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

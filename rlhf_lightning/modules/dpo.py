@@ -17,7 +17,7 @@ from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.modules.handoff import shard_if_asked, training_tokenizer
+from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled
 from rlhf_lightning.modules.showing import Sample, as_samples, sampled_responses
@@ -69,6 +69,7 @@ class DPOModule(LightningModule):
         if self.reference_spec.path is None:  # from scratch: the same random weights
             reference.load_state_dict(self.policy.state_dict())
         self.reference = Frozen(reference)
+        check_context(self, self.policy.network)
         shard_if_asked(self, self.policy)
         shard_if_asked(self, self.reference.network)
 

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.data.chat import ensure_chat_template
 from rlhf_lightning.data.tokenizers import load_tokenizer, repair_pad_token, same_tokenizer
@@ -40,6 +41,22 @@ def training_tokenizer(module: LightningModule, *paths: str | None) -> PreTraine
             raise UserError("a model from scratch needs a data module whose tokenizer it can take over")
         tokenizer = ready_tokenizer(hub[0])
     return tokenizer
+
+
+def check_context(module: LightningModule, network: PreTrainedModel, new_tokens: int = 0) -> None:
+    """Hold the longest tokenized row, and what is to be generated after it, against what the network can read.
+
+    Raises:
+        UserError: If a row is longer than the positions that the network knows.
+    """
+    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    rows: dict[str, Dataset] = getattr(getattr(module._trainer, "datamodule", None), "rows", {})
+    longest = max((max(part["length"]) for part in rows.values() if len(part)), default=0) + new_tokens
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"the longest row has {longest} tokens{' with what is generated' if new_tokens else ''}, the model reads {limit}; "
+            f"lower {'data.max_prompt_length or model.sampling.max_new_tokens' if new_tokens else 'data.max_length'}"
+        )
 
 
 def shard_if_asked(module: LightningModule, network: nn.Module) -> None:

@@ -23,7 +23,7 @@ from rlhf_lightning.models.policy import PolicyNetwork
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import gathered, wake
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.modules.handoff import shard_if_asked, training_tokenizer
+from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_training
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, whole
 from rlhf_lightning.modules.rollout_metrics import EVALUATION, UPDATE, evaluation_counts, rollout_means
@@ -123,6 +123,7 @@ class PPOModule(LightningModule):
         reference = PolicyNetwork(load_causal_lm(self.policy_spec, self.tokenizer))
         reference.load_state_dict(policy.state_dict())
         self.actor_critic, self.reference = ActorCritic(policy, critic), Frozen(reference)
+        check_context(self, policy.network, self.sampling.max_new_tokens)
         shard_if_asked(self, self.actor_critic)
         shard_if_asked(self, self.reference.network)
 

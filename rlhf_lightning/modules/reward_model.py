@@ -15,7 +15,7 @@ from rlhf_lightning.losses import BradleyTerryLoss, RankingLoss
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.modules.handoff import shard_if_asked, training_tokenizer
+from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled
 from rlhf_lightning.modules.showing import Sample
@@ -59,6 +59,7 @@ class RewardModelModule(LightningModule):
         if self.network is None:
             self.tokenizer = training_tokenizer(self, self.network_spec.path)
             self.network = ScalarModel(load_scalar_model(self.network_spec, self.tokenizer, new_head=True))
+            check_context(self, self.network.network)
             shard_if_asked(self, self.network)
 
     def forward(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.modules.handoff import shard_if_asked, training_tokenizer
+from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled
 from rlhf_lightning.modules.showing import Sample, as_samples, sampled_responses
@@ -53,6 +53,7 @@ class SFTModule(LightningModule):
         if self.policy is None:
             self.tokenizer = training_tokenizer(self, self.policy_spec.path)
             self.policy = PolicyNetwork(load_causal_lm(self.policy_spec, self.tokenizer))
+            check_context(self, self.policy.network)
             shard_if_asked(self, self.policy)
 
     def forward(self, batch: SequenceBatch) -> PolicyOutput:

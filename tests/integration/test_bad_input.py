@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from rlhf_lightning.cli import main
 from rlhf_lightning.models.export import export_folder
@@ -90,6 +91,20 @@ def test_no_supervised_token_left_is_an_error(tmp_path, capsys):
     path.write_text(json.dumps({"prompt": "who owns the kite ? " * 8, "completion": "anna"}) + "\n")
     said = refused(capsys, *from_file(path, tmp_path / "run", "--data.max_length", "8"))
     assert "without a token to learn" in said
+
+
+def test_rows_longer_than_the_model_reads_are_refused_before_training(tmp_path, capsys):
+    short = [*SFT[:-1], json.dumps({**ARCHITECTURE, "max_position_embeddings": 16})]
+    said = refused(capsys, *short, *WORLD, *QUICK, "--trainer.default_root_dir", str(tmp_path / "run"))
+    assert "the model reads 16" in said
+    assert "data.max_length" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_asking_for_a_gpu_that_is_not_there_is_one_line(tmp_path, capsys):
+    gpu = ["--trainer.accelerator", "gpu", "--trainer.default_root_dir", str(tmp_path / "run")]
+    assert "gpu" in refused(capsys, *SFT, *WORLD, *QUICK, *gpu).lower()
 
 
 def test_an_unknown_key_is_named(tmp_path, capsys):
