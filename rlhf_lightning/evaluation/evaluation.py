@@ -120,7 +120,8 @@ class WorldEvaluation(Evaluation):
         pairs = world.load("preferences")
         result = {}
         for name, split in SPLITS.items():
-            chosen, rejected = (_score_side(reward, pairs[split], side) for side in ("chosen", "rejected"))
+            rows = to_canonical(pairs[split], "preferences", origin=str(world))
+            chosen, rejected = (_score_side(reward, rows, side) for side in ("chosen", "rejected"))
             result[name] = reward_model_summary(world, pairs[split], chosen, rejected)
         return result
 
@@ -236,8 +237,7 @@ def _scores(reward: Reward | None, answers: Answers) -> Any:
     return checked_scores(reward, answers.samples()).cpu().numpy().reshape(answers.truncated.shape)
 
 
-def _score_side(reward: Reward, pairs: Dataset, side: str) -> NDArray[np.floating]:
-    rows = to_canonical(pairs, "preferences")
+def _score_side(reward: Reward, rows: Dataset, side: str) -> NDArray[np.floating]:
     texts = [messages[-1]["content"] for messages in rows[side]]
     samples = Samples(list(rows["prompt"]), texts, [[] for _ in texts], [False] * len(texts))
     return checked_scores(reward, samples).numpy()

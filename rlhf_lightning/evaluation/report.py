@@ -120,7 +120,7 @@ def print_table(report: dict[str, Any]) -> None:
     """The headline: every policy on held-out prompts, and what the methods gained."""
     console = Console()
     table = Table(title="held-out prompts, sampled at temperature 1; 95 % intervals", title_justify="left")
-    for column in ("policy", "gold reward", "greedy", "out of distribution", "gap closed", "win rate", "KL", "length"):
+    for column in ("policy", "gold reward", "greedy", "OOD", "gap closed", "win rate", "KL", "length"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for name, parts in report.get("policies", {}).items():
         compared = report["comparisons"].get(name, {}).get("held_out/sampled", {})
@@ -128,8 +128,7 @@ def print_table(report: dict[str, Any]) -> None:
         table.add_row(
             name,
             interval(held_out.get("gold") or held_out.get("score")),
-            interval(parts.get("held_out/greedy", {}).get("gold")),
-            interval(parts.get("ood/sampled", {}).get("gold")),
+            *(mean(parts.get(where, {}).get("gold")) for where in ("held_out/greedy", "ood/sampled")),
             f"{compared['gap_closed']:.0%}" if "gap_closed" in compared else "",
             f"{compared['win_rate']['mean']:.2f}" if compared else "",
             f"{held_out['kl']:.1f}",
@@ -142,6 +141,11 @@ def print_table(report: dict[str, Any]) -> None:
         bounds = " and ".join(f"{s} {check[k]:g}" for k, s in (("low", "at least"), ("high", "at most")) if k in check)
         console.print(f"{mark} {check['name']}: {check['value']:.3f} ({bounds})")
     console.print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items()))
+
+
+def mean(value: dict[str, float] | None) -> str:
+    """A mean, short."""
+    return f"{value['mean']:.2f}" if value else ""
 
 
 def interval(value: dict[str, float] | None) -> str:

@@ -71,6 +71,9 @@ class HHHWorld(Source):
         self.facts = draw_facts(seed)
         self.annotators = annotators(length_biased_annotators)
 
+    def __str__(self) -> str:
+        return f"HHHWorld(seed={self.seed})"
+
     def load(self, kind: RowKind) -> DatasetDict:
         """Make the rows of this kind.
 
