@@ -64,7 +64,7 @@ def pipeline(
     """
     started, folder = time.perf_counter(), Path(output)
     _check_plan(stages)
-    record = _read_record(folder)
+    record = _read_record(folder, {stage.name for stage in stages})
     fingerprints: dict[str, str] = {}
     for stage in stages:
         arguments = _arguments(stage, folder, seed_everything, seed_keys or [], options or {})
@@ -158,9 +158,9 @@ def _check_handoffs(stages: list[Stage], folder: Path) -> None:
             console.print(f"{source} -> {stage.name}: same tokenizer, same template")
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def _read_record(folder: Path, stages: set[str]) -> dict[str, Any]:
     path = folder / RECORD
-    if folder.exists() and not path.exists() and any(folder.iterdir()):
+    if folder.exists() and not path.exists() and any(found.name not in stages for found in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no pipeline; give another --output")
     return json.loads(path.read_text()) if path.exists() else {}
 
