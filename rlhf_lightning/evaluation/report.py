@@ -111,7 +111,7 @@ def line_chart(title: str, series: dict[str, tuple[list[int], list[float]]]) -> 
 def as_svg(figure: Figure) -> Markup:
     """A figure as inline SVG."""
     buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()
     return Markup(svg[svg.index("<svg") :])
 
