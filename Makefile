@@ -1,6 +1,10 @@
 # make quickstart   SFT, reward model, DPO and PPO on the embedded world, and a report: the main job
 # make test         all tests
 # make check        style, types, import contracts, fast tests
+# make mutants      change every formula in every small way; 95 % of the changes must turn a test red
+# make planted-bugs put each bug that peers shipped into a copy of the package; each must turn a test red
+# make kills        kill runs at random moments; each must end as if nothing had happened, bit for bit
+# make peers        hold our numbers against TRL's, in environments of their own
 #
 # Each makes .venv and installs into it, once. Options are handed on: make quickstart ARGS="--seed_everything 2"
 PYTHON ?= python3
@@ -10,7 +14,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PINNED := pyproject.toml constraints.txt
 
-.PHONY: help quickstart test check lint format clean
+.PHONY: help quickstart test check kills peers mutants planted-bugs lint format clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -24,6 +28,21 @@ test: $(VENV)/.installed-dev
 check: lint
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
+mutants: $(VENV)/.installed-dev
+	rm -rf mutants
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 2
+	$(BIN)/python tests/mutants/judge_mutants.py
+
+planted-bugs: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.planted.plant $(ARGS)
+
+kills: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.resume.kill $(ARGS)
+
+peers: .venv-peers/.installed .venv-peers-ppo/.installed
+	.venv-peers/bin/python -m pytest tests/peers $(ARGS)
+	.venv-peers-ppo/bin/python -m pytest tests/peers $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -35,7 +54,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .venv-peers .venv-peers-ppo .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis mutants build *.egg-info
 
 # The constraints stand in the first command that resolves anything: torch comes as the one build that they name.
 $(VENV)/.installed: $(PINNED)
@@ -47,3 +66,8 @@ $(VENV)/.installed-dev: $(PINNED)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(VENV)/.installed $@
+
+.venv-%/.installed: $(PINNED)
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,$*]'
+	touch $@

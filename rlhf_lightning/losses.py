@@ -120,8 +120,7 @@ class PPOLoss:
 
     def total(self, policy: Tensor, value: Tensor, entropy: Tensor, mask: Tensor) -> Tensor:
         """The three terms together, summed over tokens. ``entropy`` is per token, shape (batch, length)."""
-        bonus = self.entropy_coef * masked_sum(entropy, mask) if self.entropy_coef else 0.0
-        return policy + self.value_coef * value - bonus
+        return policy + self.value_coef * value - self.entropy_coef * masked_sum(entropy, mask)
 
 
 def _require_positive(name: str, value: float) -> None:

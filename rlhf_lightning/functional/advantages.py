@@ -71,7 +71,7 @@ def whiten(
     """
     total = all_sum if all_sum is not None else _alone
     x = x.masked_fill(~mask, 0)
-    count = total(mask.sum().to(x.dtype))
+    count = total(mask.sum())
     mean = total(masked_sum(x, mask)) / count
     variance = total(masked_sum((x - mean).square(), mask)) / (count - 1).clamp(min=1)
     scaled = (x - mean) * torch.rsqrt(variance + 1e-8)

@@ -38,5 +38,5 @@ def kl_k3(log_ratio: Tensor) -> Tensor:
 
     Through ``expm1``, for in float32 the plain form is negative at small d.
     """
-    d = log_ratio.clamp(-_LIMIT, _LIMIT)
+    d = log_ratio.clamp(min=-_LIMIT)
     return torch.expm1(-d) + d

@@ -22,4 +22,4 @@ def nll_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
 
     Source: Ouyang et al. 2022, section 3.5, https://arxiv.org/abs/2203.02155
     """
-    return -masked_sum(logprobs, mask, dim=-1)
+    return -masked_sum(logprobs, mask, dim=1)

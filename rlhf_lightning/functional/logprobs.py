@@ -3,33 +3,28 @@
 import torch
 from torch import Tensor
 
+from rlhf_lightning.functional.masked import masked_sum
 
-def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
-    r"""Log-probability of each token under the logits that predict it.
 
-    .. math:: \log \pi(y_t) = z_{y_t} / \tau - \log \sum_v e^{z_v / \tau}
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    r"""Log-probability of every token of the vocabulary, in float32 (or in float64 if that is what comes in).
+
+    .. math:: \log \pi(v) = z_v / \tau - \log \sum_w e^{z_w / \tau}
 
     Args:
-        logits: Logits at the position *before* each token. Shape (..., vocabulary), any float type; cast to float32
-            first, for a bfloat16 softmax is off by 1e-2 a token.
-        tokens: Ids of the tokens. Shape (...), int64.
+        logits: Logits at the position *before* a token. Shape (..., vocabulary), any float type; cast to float32 first,
+            for a bfloat16 softmax is off by 1e-2 a token.
         temperature: Sampling temperature, > 0. Use the one that the tokens were sampled with.
 
     Returns:
-        Shape (...), float32.
-
-    Source: softmax with temperature; the cast is that of algorithms in TRL, OpenRLHF and verl alike.
-    """
-    return log_softmax(logits, temperature).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
-
-def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-softmax over the last axis, in float32 (or in float64 if that is what comes in).
+        Same shape, nats.
 
     Raises:
         ValueError: If ``temperature`` is not positive (greedy decoding has no distribution to differentiate).
+
+    Source: softmax with temperature; the cast is that of algorithms in TRL, OpenRLHF and verl alike.
     """
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return torch.log_softmax(wide / temperature if temperature != 1.0 else wide, dim=-1)
@@ -58,7 +53,7 @@ def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
     Returns:
         Shape (batch,).
     """
-    return torch.where(mask, logprobs, 0).sum(dim=-1)
+    return masked_sum(logprobs, mask, dim=1)
 
 
 def response_mask_from_tokens(responses: Tensor, eos_ids: Tensor) -> tuple[Tensor, Tensor]:

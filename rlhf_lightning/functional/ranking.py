@@ -1,5 +1,7 @@
 """Losses and diagnostics of reward models: what a comparison of two responses says about two scores."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,7 +41,9 @@ def preference_accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
     return (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
 
 
-def expected_calibration_error(difference: Tensor, *, bins: int = 5) -> Tensor:
+def expected_calibration_error(
+    difference: Tensor, *, bins: int = 5, all_sum: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     r"""How far the confidence of pairwise predictions is from their accuracy.
 
     .. math:: \sum_b \frac{n_b}{n} |\mathrm{acc}_b - \mathrm{conf}_b|
@@ -47,6 +51,7 @@ def expected_calibration_error(difference: Tensor, *, bins: int = 5) -> Tensor:
     Args:
         difference: Score of the chosen minus score of the rejected response, at scale 1. Shape (pairs,).
         bins: Number of equal bins of the confidence max(p, 1 - p) in [1/2, 1].
+        all_sum: Sums a tensor over ranks that hold some of the pairs each; None where there is one rank.
 
     Returns:
         Scalar in [0, 1].
@@ -62,4 +67,6 @@ def expected_calibration_error(difference: Tensor, *, bins: int = 5) -> Tensor:
     correct = preference_accuracy(difference, torch.zeros_like(difference))
     index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     gap = torch.zeros(bins, device=difference.device).index_add_(0, index, correct - confidence)
-    return gap.abs().sum() / difference.numel()
+    counted = torch.cat([gap, gap.new_tensor([difference.numel()])])
+    counted = counted if all_sum is None else all_sum(counted)
+    return counted[:-1].abs().sum() / counted[-1]

@@ -1,5 +1,6 @@
 """From one score a response to one reward a token: the missing-EOS rule, the clip and the KL penalty."""
 
+import torch
 from torch import Tensor
 
 from rlhf_lightning.functional.kl import kl_k1
@@ -19,7 +20,7 @@ def process_scores(scores: Tensor, truncated: Tensor, *, missing_eos_penalty: fl
         Shape (batch,).
     """
     clipped = scores if clip is None else scores.clamp(-clip, clip)
-    return clipped - missing_eos_penalty * truncated.to(clipped.dtype)
+    return torch.where(truncated, clipped - missing_eos_penalty, clipped)
 
 
 def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:

@@ -1,9 +1,11 @@
 """The critic's loss and how well it explains the returns."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from rlhf_lightning.functional.masked import masked_var
+from rlhf_lightning.functional.masked import masked_sum
 
 
 def clipped_value_loss(
@@ -31,13 +33,28 @@ def clipped_value_loss(
     return 0.5 * torch.maximum(free, clipped), (clipped > free).detach() & mask
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+def explained_variance(
+    values: Tensor, returns: Tensor, mask: Tensor, *, all_sum: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     r"""How much of the spread of the returns the critic foresaw: :math:`1 - \mathrm{Var}(\hat R - v) / \mathrm{Var}(\hat R)`.
 
-    Args and shapes as in :func:`clipped_value_loss`.
+    Args and shapes as in :func:`clipped_value_loss`; ``all_sum`` as in :func:`.advantages.whiten`: without it the answer is
+    that of one rank's rows.
 
     Returns:
         Scalar, at most 1; 0 for a constant critic, NaN where the returns do not vary.
     """
-    spread = masked_var(returns, mask)
-    return torch.where(spread > 0, 1 - masked_var(returns - values, mask) / spread, torch.nan)
+    total = all_sum if all_sum is not None else _alone
+    spread = _squared_deviations(returns, mask, total)
+    return torch.where(spread > 0, 1 - _squared_deviations(returns - values, mask, total) / spread, torch.nan)
+
+
+def _squared_deviations(x: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum of the counted entries' squared distances from their mean; a scalar."""
+    x = x.masked_fill(~mask, 0)  # else NaN there would reach the gradient of the square
+    mean = total(masked_sum(x, mask)) / total(mask.sum())
+    return total(masked_sum((x - mean).square(), mask))
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x

@@ -1,6 +1,7 @@
 """The loss classes that YAML names: the values of their formulas, and coefficients that mean nothing."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -13,16 +14,17 @@ MASK = torch.tensor([[True, True, False]])
 
 
 @pytest.mark.parametrize(
-    ("loss", "expected", "scale"),
+    ("kind", "settings", "expected", "scale"),
     [
-        (DPOLoss(), 0.554355, 0.1),
-        (DPOLoss(beta=0.5), math.log1p(math.exp(-1.5)), 0.5),
-        (DPOLoss(label_smoothing=0.1), 0.584355, 0.1),
-        (IPOLoss(), 4.0, 0.1),
-        (IPOLoss(tau=0.25), 1.0, 0.25),
+        (DPOLoss, {}, 0.554355, 0.1),
+        (DPOLoss, {"beta": 0.5}, math.log1p(math.exp(-1.5)), 0.5),
+        (DPOLoss, {"label_smoothing": 0.1}, 0.584355, 0.1),
+        (IPOLoss, {}, 4.0, 0.1),
+        (IPOLoss, {"tau": 0.25}, 1.0, 0.25),
     ],
 )
-def test_pair_losses_have_the_values_of_their_formulas(loss, expected, scale):
+def test_pair_losses_have_the_values_of_their_formulas(kind, settings, expected, scale):
+    loss = kind(**settings)
     assert loss.pairs(W, R).item() == pytest.approx(expected, abs=2e-6)
     assert loss.reward_scale == scale
 
@@ -35,6 +37,7 @@ def test_bradley_terry_adds_the_scaled_margin_and_the_centring_term():
     assert BradleyTerryLoss(centering_coef=0.5).pairs(W, R, margin).item() == pytest.approx(lead[2] + 0.5)
     assert BradleyTerryLoss(0.0, margin_scale=0.5).pairs(W, R, margin).item() == pytest.approx(lead[1])
     assert BradleyTerryLoss(0.0, margin_scale=0.0).pairs(W, R, margin).item() == pytest.approx(lead[0])
+    assert BradleyTerryLoss(0.5).pairs(W + 2, R + 2, margin).item() == pytest.approx(lead[2] + 0.5 * 5**2)
 
 
 def test_ppo_policy_and_value_are_summed_over_counted_tokens():
@@ -56,33 +59,38 @@ def test_ppo_adds_the_value_term_and_takes_the_entropy_off():
 
 
 @pytest.mark.parametrize(
-    ("make", "named"),
+    ("kind", "settings", "message"),
     [
-        (lambda: DPOLoss(beta=0.0), "beta"),
-        (lambda: DPOLoss(beta=-0.1), "beta"),
-        (lambda: DPOLoss(beta=math.nan), "beta"),
-        (lambda: DPOLoss(label_smoothing=0.5), "label_smoothing"),
-        (lambda: DPOLoss(label_smoothing=-0.1), "label_smoothing"),
-        (lambda: IPOLoss(tau=0.0), "tau"),
+        (DPOLoss, {"beta": 0.0}, "beta must be positive, not 0.0"),
+        (DPOLoss, {"beta": -0.1}, "beta must be positive, not -0.1"),
+        (DPOLoss, {"beta": math.nan}, "beta must be positive, not nan"),
+        (DPOLoss, {"label_smoothing": 0.5}, "label_smoothing is a flip probability in [0, 0.5), not 0.5"),
+        (DPOLoss, {"label_smoothing": -0.1}, "label_smoothing is a flip probability in [0, 0.5), not -0.1"),
+        (IPOLoss, {"tau": 0.0}, "tau must be positive, not 0.0"),
+        (PPOLoss, {"clip_range": 0.0}, "clip_range is in (0, 1), not 0.0"),
+        (PPOLoss, {"clip_range": 1.0}, "clip_range is in (0, 1), not 1.0"),
+        (PPOLoss, {"value_clip_range": 0.0}, "value_clip_range must be positive, not 0.0"),
+        (PPOLoss, {"value_coef": math.nan}, "value_coef must not be negative, not nan"),
+        (PPOLoss, {"entropy_coef": -1.0}, "entropy_coef must not be negative, not -1.0"),
+        (BradleyTerryLoss, {"centering_coef": -0.01}, "centering_coef must not be negative, not -0.01"),
+        (BradleyTerryLoss, {"margin_scale": math.nan}, "margin_scale must not be negative, not nan"),
     ],
 )
-def test_coefficients_without_a_meaning_are_refused_by_name(make, named):
-    with pytest.raises(UserError, match=named):
-        make()
+def test_coefficients_without_a_meaning_are_refused_by_name(kind, settings, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        kind(**settings)
 
 
 @pytest.mark.parametrize(
-    "bad",
+    ("kind", "settings"),
     [
-        lambda: PPOLoss(clip_range=-0.1),
-        lambda: PPOLoss(clip_range=1.0),
-        lambda: PPOLoss(value_clip_range=0.0),
-        lambda: PPOLoss(value_coef=float("nan")),
-        lambda: PPOLoss(entropy_coef=-1.0),
-        lambda: BradleyTerryLoss(centering_coef=-0.01),
-        lambda: BradleyTerryLoss(margin_scale=float("nan")),
+        (DPOLoss, {"beta": 1e-6, "label_smoothing": 0.0}),
+        (DPOLoss, {"label_smoothing": 0.499}),
+        (PPOLoss, {"clip_range": 1e-6, "value_clip_range": 1e-6, "value_coef": 0.0, "entropy_coef": 0.0}),
+        (PPOLoss, {"clip_range": 0.999}),
+        (BradleyTerryLoss, {"centering_coef": 0.0, "margin_scale": 0.0}),
     ],
 )
-def test_coefficients_that_mean_nothing_are_refused(bad):
-    with pytest.raises(UserError):
-        bad()
+def test_coefficients_at_the_edge_of_their_range_are_taken(kind, settings):
+    loss = kind(**settings)
+    assert {name: getattr(loss, name) for name in settings} == settings

@@ -1,7 +1,6 @@
 """GAE against its definition written as a double sum, hand values, and what must not change it."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import re
 
 import pytest
 import torch
@@ -77,9 +76,28 @@ def test_slots_before_the_response_stay_zero_too():
     assert returns.tolist() == [[0.0, 0.0, 0.625, 1.0]]
 
 
+def test_one_token_is_worth_its_reward_less_its_value():
+    advantages, returns = gae(
+        torch.tensor([[3.0]]), torch.tensor([[1.0]]), torch.tensor([[True]]), gamma=0.5, gae_lambda=0.5
+    )
+    assert (advantages.item(), returns.item()) == (2.0, 3.0)
+
+
 def test_whitening_by_hand():
     whitened = whiten(torch.tensor([[0.43675, 0.565, 0.7]]), torch.ones(1, 3, dtype=torch.bool))
     torch.testing.assert_close(whitened, torch.tensor([[-0.991344, -0.017092, 1.008436]]), rtol=0, atol=2e-6)
+
+
+def test_whitening_two_values_divides_by_one_not_by_two():
+    whitened = whiten(torch.tensor([[1.0, 3.0]]), torch.ones(1, 2, dtype=torch.bool))
+    torch.testing.assert_close(whitened, torch.tensor([[-1.0, 1.0]]) / 2**0.5)
+
+
+@pytest.mark.parametrize("counted", [1, 3])
+def test_what_does_not_vary_whitens_to_zero(counted):
+    x, mask = torch.full((1, 3), 5.0), torch.arange(3)[None] < counted
+    assert whiten(x, mask).tolist() == [[0.0, 0.0, 0.0]]
+    assert whiten(x, mask, keep_mean=True).tolist() == (5.0 * mask).tolist()
 
 
 def test_whitening_with_the_mean_kept_only_rescales():
@@ -91,28 +109,16 @@ def test_whitening_with_the_mean_kept_only_rescales():
 
 
 @pytest.mark.parametrize("keep_mean", [False, True])
-def test_two_ranks_whiten_as_one_with_both_their_batches(keep_mean):
+def test_two_ranks_whiten_as_one_with_both_their_batches(on_two_ranks, keep_mean):
     generator = torch.Generator().manual_seed(3)
     mask = torch.arange(6) < torch.tensor([1, 6, 2, 5, 3])[:, None]
     x = torch.randn(5, 6, generator=generator) + torch.tensor([0.0, 0.0, 5.0, 5.0, 5.0])[:, None]
-    meet, sent = threading.Barrier(2, timeout=20), [torch.tensor(0.0)] * 2
 
-    def all_sum_of(rank):
-        def all_sum(value):
-            sent[rank] = value
-            meet.wait()
-            total = sent[0] + sent[1]
-            meet.wait()
-            return total
-
-        return all_sum
-
-    def work(rank):
+    def work(rank, all_sum):
         rows = slice(0, 2) if rank == 0 else slice(2, 5)
-        return whiten(x[rows], mask[rows], keep_mean=keep_mean, all_sum=all_sum_of(rank))
+        return whiten(x[rows], mask[rows], keep_mean=keep_mean, all_sum=all_sum)
 
-    with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(work, range(2)))
+    parts = on_two_ranks(work)
     torch.testing.assert_close(torch.cat(parts), whiten(x, mask, keep_mean=keep_mean), rtol=1e-5, atol=1e-6)
 
 
@@ -127,5 +133,8 @@ def test_a_constant_on_score_and_critic_leaves_the_advantages(batch, gae_lambda)
 
 
 def test_shapes_that_differ_are_refused():
-    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
-        gae(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2, 3, dtype=torch.bool), gamma=1.0, gae_lambda=1.0)
+    shapes = [(2, 3), (2, 4), (2, 3)], [(2, 3), (2, 3), (2, 4)], [(1, 3), (2, 3), (2, 3)]
+    for rewards, values, mask in shapes:
+        message = f"rewards {rewards}, values {values} and mask {mask} differ"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            gae(torch.zeros(rewards), torch.zeros(values), torch.ones(mask) > 0, gamma=1.0, gae_lambda=1.0)

@@ -11,33 +11,30 @@ from rlhf_lightning.functional.logprobs import (
     log_softmax,
     response_mask_from_tokens,
     sequence_logprobs,
-    token_logprobs,
 )
 
 
-def logprob_by_definition(logits, token, temperature):
+def logprobs_by_definition(logits, temperature):
     scaled = [float(z) / temperature for z in logits]
     top = max(scaled)
-    return scaled[token] - top - math.log(sum(math.exp(z - top) for z in scaled))
+    return [z - top - math.log(sum(math.exp(other - top) for other in scaled)) for z in scaled]
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_token_logprobs_are_the_log_of_the_softmax(temperature, dtype):
-    generator = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(2, 4, 50, generator=generator)).to(dtype)
-    tokens = torch.randint(50, (2, 4), generator=generator)
-    expected = [
-        [logprob_by_definition(logits[b, t], int(tokens[b, t]), temperature) for t in range(4)] for b in range(2)
-    ]
-    computed = token_logprobs(logits, tokens, temperature=temperature)
+def test_log_softmax_is_the_log_of_the_softmax(temperature, dtype):
+    logits = (3 * torch.randn(2, 4, 50, generator=torch.Generator().manual_seed(0))).to(dtype)
+    expected = [[logprobs_by_definition(logits[b, t], temperature) for t in range(4)] for b in range(2)]
+    computed = log_softmax(logits, temperature)
     assert computed.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(computed.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(computed.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
 def test_a_temperature_without_a_distribution_is_refused(temperature):
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(ValueError, match=f"^temperature must be positive, not {temperature}$"):
         log_softmax(torch.zeros(3), temperature)
 
 
@@ -62,7 +59,7 @@ def test_a_response_is_as_likely_as_the_product_of_its_counted_tokens():
 def test_zero_logits_cost_log_vocabulary_a_token():
     tokens = torch.randint(37, (3, 5), generator=torch.Generator().manual_seed(2))
     mask = torch.arange(5) < torch.tensor([5, 1, 3])[:, None]
-    losses = nll_loss(token_logprobs(torch.zeros(3, 5, 37), tokens), mask)
+    losses = nll_loss(log_softmax(torch.zeros(3, 5, 37), 1.0).gather(-1, tokens[..., None]).squeeze(-1), mask)
     torch.testing.assert_close(losses, math.log(37) * torch.tensor([5.0, 1.0, 3.0]))
 
 

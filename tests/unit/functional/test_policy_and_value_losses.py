@@ -86,3 +86,21 @@ def test_explained_variance_by_hand():
     assert explained_variance(-returns, returns, mask).item() == pytest.approx(-3.0)
     assert math.isnan(explained_variance(returns, torch.ones(1, 5), mask).item())
     assert math.isnan(explained_variance(torch.ones(1, 5), torch.ones(1, 5), mask).item())
+    assert math.isnan(explained_variance(returns, returns, torch.zeros(1, 5, dtype=torch.bool)).item())
+
+
+def test_two_ranks_explain_as_one_with_both_their_rows(on_two_ranks):
+    """The second rank's returns do not vary; together 0, 1, 5, 5 do, and the critic misses 1, 0, 0, 0 of them."""
+    returns, values = torch.tensor([[0.0, 1.0], [5.0, 5.0]]), torch.tensor([[-1.0, 1.0], [5.0, 5.0]])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    parts = on_two_ranks(
+        lambda rank, all_sum: explained_variance(values[[rank]], returns[[rank]], mask, all_sum=all_sum)
+    )
+    expected = 1 - (1 - 4 * 0.25**2) / (51 - 4 * 2.75**2)
+    assert [part.item() for part in parts] == pytest.approx([expected] * 2)
+
+
+def test_explained_variance_of_little_spread_is_not_lost():
+    returns, mask = torch.tensor([[0.25, 0.75]]), torch.ones(1, 2, dtype=torch.bool)
+    assert explained_variance(torch.zeros(1, 2), returns, mask).item() == 0.0
+    assert explained_variance(torch.tensor([[0.25, 0.5]]), returns, mask).item() == 0.75

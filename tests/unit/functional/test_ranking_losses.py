@@ -81,12 +81,34 @@ def test_calibration_error_weighs_bins_by_their_pairs():
     assert expected_calibration_error(d).item() == pytest.approx(0.75 * 0.45 + 0.25 * 0.05, abs=1e-6)
 
 
+def test_there_are_five_bins_and_a_confidence_of_one_is_in_the_last():
+    """Sure of 0.69 and 0.72: with five bins of width 0.1 they stand apart, with six they would cancel in part."""
+    d = torch.cat([differences([0.69], [1.0], 10), differences([0.72], [0.0], 10), torch.full((5,), 1e4)])
+    expected = (10 * 0.31 + 10 * 0.72) / 25
+    assert expected_calibration_error(d).item() == pytest.approx(expected, abs=1e-6)
+    assert expected_calibration_error(d, bins=6).item() == pytest.approx((7.2 - 3.1) / 25, abs=1e-6)
+    assert expected_calibration_error(d, bins=1).item() == pytest.approx((7.2 - 3.1) / 25, abs=1e-6)
+
+
+def test_bins_are_made_where_the_differences_lie():
+    difference = torch.tensor([0.0, 1e4])
+    with torch.device("meta"):  # where new tensors go that are not told otherwise
+        assert expected_calibration_error(difference).item() == 0.0
+
+
 def test_a_model_that_is_always_sure_and_wrong_is_off_by_one():
     assert expected_calibration_error(torch.full((8,), -40.0)).item() == pytest.approx(1.0)
     assert expected_calibration_error(torch.full((8,), 40.0)).item() == pytest.approx(0.0)
     assert expected_calibration_error(torch.zeros(8)).item() == 0.0  # ties: half sure, half right
 
 
+def test_two_ranks_are_calibrated_as_one_with_both_their_pairs(on_two_ranks):
+    """Each alone is off by 0.45 and 0.05 at the same confidence; together by their weighted mean, signs kept."""
+    parts = [differences([0.95], [0.5], 30), differences([0.95], [1.0], 10)]
+    errors = on_two_ranks(lambda rank, all_sum: expected_calibration_error(parts[rank], all_sum=all_sum))
+    assert [e.item() for e in errors] == pytest.approx([(30 * 0.45 - 10 * 0.05) / 40] * 2, abs=1e-6)
+
+
 def test_calibration_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match=r"^calibration needs at least one pair$"):
         expected_calibration_error(torch.zeros(0))

@@ -33,6 +33,15 @@ def test_without_kl_only_the_last_token_is_rewarded():
     assert rewards.tolist() == [[1, 0, 0, 0], [0, 0, 2, 0], [0, 0, 0, 3]]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_scores_of_another_precision_are_added_in_that_of_the_log_probabilities(dtype):
+    rewards = token_rewards(
+        torch.tensor([1.0, 2.0, 3.0], dtype=dtype), torch.zeros(3, 4), torch.zeros(3, 4), MASK, kl_coef=1
+    )
+    assert rewards.dtype == torch.float32
+    assert rewards.sum(1).tolist() == [1, 2, 3]
+
+
 def test_nan_in_the_padding_does_not_reach_the_rewards():
     logprobs = torch.zeros(3, 4).masked_fill(~MASK, torch.nan)
     rewards = token_rewards(torch.ones(3), logprobs, torch.zeros(3, 4), MASK, kl_coef=0.1)
@@ -45,6 +54,8 @@ def test_the_score_is_clipped_first_and_then_penalised_where_eos_is_missing():
     assert processed.tolist() == [8.5, 10.0, -11.5, -10.0, 1.5, 3.0]
     unclipped = process_scores(scores, truncated, missing_eos_penalty=1.5, clip=None)
     assert unclipped.tolist() == [10.5, 12.0, -13.5, -12.0, 1.5, 3.0]
+    exact = process_scores(scores.double(), truncated, missing_eos_penalty=0.1, clip=None)
+    assert exact.tolist() == [11.9, 12.0, -12.1, -12.0, 2.9, 3.0]
 
 
 @pytest.mark.parametrize(
