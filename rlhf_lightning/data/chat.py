@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from rlhf_lightning.data.literal import literal, turn_markers, without_eos
 from rlhf_lightning.data.messages import Message
 from rlhf_lightning.errors import UserError
 
@@ -33,7 +34,10 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Piece(NamedTuple):
-    """Part of a rendered conversation; ``answer`` is True on what the assistant says, end of turn included."""
+    """Part of a rendered conversation; ``answer`` is True on what the assistant says, end of turn included.
+
+    The text may hold breaks, see :mod:`.literal`.
+    """
 
     text: str
     answer: bool
@@ -68,18 +72,27 @@ def render(
     arguments: dict[str, Any] = dict(tokenizer.special_tokens_map)
     try:
         rendered: Any = render_jinja_template(
-            conversations=[[{k: v for k, v in message.items() if v is not None} for message in messages]],
+            conversations=[[speakable(tokenizer, message) for message in messages]],
             tools=tools,  # type: ignore[arg-type]
             chat_template=template,
             return_assistant_tokens_mask=bool(GENERATION.search(template)),
             add_generation_prompt=add_generation_prompt,
             **arguments,
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # a template may add a number to a text
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"the chat template refuses a conversation of {roles}: {error}") from error
     texts, spans = rendered
     return texts[0], [(start, end) for start, end in (spans[0] if spans else [])]
+
+
+def speakable(tokenizer: PreTrainedTokenizerBase, message: Message) -> Message:
+    """A message as templates take it: no nulls, and content that can't end or begin a turn."""
+    said = str(message["content"] or "")
+    if message["role"] == "assistant":
+        said = without_eos(said, eos_token(tokenizer))
+    given = {name: value for name, value in message.items() if value is not None}
+    return {**given, "content": literal(said, turn_markers(tokenizer))}
 
 
 def answer_spans(

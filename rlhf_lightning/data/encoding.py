@@ -2,6 +2,10 @@
 
 Prompt and response are encoded apart and joined: that is what generation sees, and the prompt's ids are a prefix of
 the whole by construction.
+
+Special tokens are read as such in prompts and texts that are given as text, for those may be rendered conversations. In
+messages the ones that mark turns are ordinary text, and a response never holds an EOS before its end (see :mod:`.literal`).
+Markers that are no tokens, such as "[INST]" or "User:", can't be told from text.
 """
 
 from collections.abc import Sequence
@@ -11,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data.chat import Piece, conversation_pieces, eos_token, prompt_pieces, response_piece
+from rlhf_lightning.data.literal import literal, parts, without_eos
 from rlhf_lightning.data.messages import Message, Prompt
 from rlhf_lightning.data.tokenizers import encode_beginnings, encode_continuations, uses_bos
 from rlhf_lightning.errors import UserError
@@ -44,9 +49,15 @@ class Encoder:
 
     def encode_rows(self, rows: list[list[Piece]]) -> list[list[list[int]]]:
         """Ids of each piece of each row; the first piece of a row begins the sequence, the others follow it."""
-        begun = encode_beginnings(self.tokenizer, [row[0].text for row in rows])
-        followed = iter(encode_continuations(self.tokenizer, [piece.text for row in rows for piece in row[1:]]))
-        return [[first, *(next(followed) for _ in row[1:])] for row, first in zip(rows, begun, strict=True)]
+        cut = [[parts(piece.text) for piece in row] for row in rows]
+        begun = encode_beginnings(self.tokenizer, [row[0][0] for row in cut])
+        followers = [text for row in cut for text in list(chain.from_iterable(row))[1:]]
+        followed = iter(encode_continuations(self.tokenizer, followers))
+        encoded = []
+        for row, first in zip(cut, begun, strict=True):
+            ids = chain([first], followed)
+            encoded.append([list(chain.from_iterable(next(ids) for _ in piece)) for piece in row])
+        return encoded
 
     def begin(self, ids: Sequence[int]) -> list[int]:
         """With exactly one BOS in front, where the tokenizer uses one or the text brought one."""
@@ -64,7 +75,11 @@ class Encoder:
 
     def prompt_pieces(self, prompt: Prompt, tools: Tools = None) -> list[Piece]:
         """A prompt before tokenization; see :func:`rlhf_lightning.data.chat.prompt_pieces` for messages."""
-        return [Piece(prompt, False)] if isinstance(prompt, str) else prompt_pieces(self.tokenizer, prompt, tools)
+        return (
+            [Piece(literal(prompt, []), False)]
+            if isinstance(prompt, str)
+            else prompt_pieces(self.tokenizer, prompt, tools)
+        )
 
     def pair_pieces(self, prompt: Prompt, responses: Sequence[Prompt], tools: Tools = None) -> list[Piece]:
         """A prompt and, as the last pieces, one for each response.
@@ -76,7 +91,8 @@ class Encoder:
         text = "".join(piece.text for piece in pieces)
         for response in responses:
             if isinstance(prompt, str) and isinstance(response, str):
-                pieces.append(Piece(response, True))
+                eos = eos_token(self.tokenizer)
+                pieces.append(Piece(literal(without_eos(response, eos), [eos]), True))
             elif isinstance(prompt, list) and isinstance(response, list):
                 pieces.append(response_piece(self.tokenizer, prompt, text, response, tools))
             else:
@@ -84,8 +100,15 @@ class Encoder:
         return pieces
 
     def join_prompt(self, pieces: list[list[int]]) -> list[int]:
-        """The ids of a prompt from those of its pieces."""
-        return self.begin(list(chain.from_iterable(pieces)))
+        """The ids of a prompt from those of its pieces.
+
+        Raises:
+            UserError: If there is none: nothing would predict the first token of the response.
+        """
+        ids = self.begin(list(chain.from_iterable(pieces)))
+        if not ids:
+            raise UserError("the tokenizer makes no token of the prompt, and it has no BOS")
+        return ids
 
     def join_messages(self, pieces: list[Piece], ids: list[list[int]], mask: Mask) -> Masked:
         """Ids and mask of a conversation from its pieces.

@@ -1,28 +1,42 @@
-"""Local files and folders as datasets: each type through the loader that ``datasets`` has for it."""
+"""Local files and folders as datasets: every type gives the same rows, and no type guesses what text means."""
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetsError
 
-from rlhf_lightning.data.validation import check_file
+from rlhf_lightning.data.cache import cache_folder
+from rlhf_lightning.data.rows import TEXT_COLUMNS
+from rlhf_lightning.data.validation import check_csv, read_json
 from rlhf_lightning.errors import UserError
 
-BUILDERS = {
+KINDS = {
     ".json": "json",
     ".jsonl": "json",
     ".json.gz": "json",
     ".jsonl.gz": "json",
     ".csv": "csv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
 }
-# An answer that reads "None" or "NA" is text; only an empty field is missing.
-OPTIONS: dict[str, dict[str, Any]] = {".csv": {"keep_default_na": False, "na_values": [""]}}
-READABLE = (*BUILDERS, ".arrow", ".txt")
-# What the loaders raise over a damaged file; check_file then finds the line.
-LOADER_ERRORS = (DatasetsError, pa.ArrowException, ValueError, OSError, KeyError, TypeError)
+READABLE = tuple(KINDS)
+# What is raised over a damaged file, or one whose columns hold values that do not go together.
+LOADER_ERRORS = (
+    DatasetsError,
+    pa.ArrowException,
+    ValueError,
+    OSError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    RuntimeError,  # a folder that brings a loading script; nesting without end
+)
 
 
 def file_type(path: Path) -> str:
@@ -40,44 +54,79 @@ def load_path(path: Path, text_separator: str | None) -> DatasetDict:
     Raises:
         UserError: If it is empty, damaged (names the line where there is one) or of an unknown type.
     """
-    splits = load_folder(path) if path.is_dir() else DatasetDict({"train": load_file(path, text_separator)})
+    if path.is_dir():
+        splits = load_folder(path, text_separator)
+    else:
+        splits = DatasetDict({"train": load_files([path], path, text_separator)})
     for name, rows in splits.items():
         if not len(rows):
             raise UserError(f"{path} has no rows" + (f" in split '{name}'" if len(splits) > 1 else ""))
     return splits
 
 
-def load_file(path: Path, text_separator: str | None) -> Dataset:
-    """The rows of one file."""
-    ending = file_type(path)
-    if not path.stat().st_size:
-        raise UserError(f"{path} is empty")
-    if ending == ".txt":
-        return load_text(path, text_separator)
-    if ending in (".json", ".jsonl", ".json.gz", ".jsonl.gz"):
-        check_file(path)  # the loader would skip blank lines and fill empty rows with nulls
+def load_files(files: Sequence[Path], origin: Path, text_separator: str | None) -> Dataset:
+    """The rows of files of one type; ``origin`` is what the user named.
+
+    Raises:
+        UserError: If one is empty or damaged.
+    """
+    kind = KINDS[file_type(files[0])]
+    for file in files:
+        if not file.stat().st_size:
+            raise UserError(f"{file} is empty")
     try:
-        if ending == ".arrow":
-            return Dataset.from_file(str(path))
-        files = {"train": str(path)}
-        return as_dataset(load_dataset(BUILDERS[ending], data_files=files, split="train", **OPTIONS.get(ending, {})))
+        if kind == "json":
+            return from_rows([row for file in files for row in read_json(file)])
+        if kind == "text":
+            return Dataset.from_dict(
+                {"text": [story for file in files for story in read_stories(file, text_separator)]}
+            )
+        if kind == "csv":
+            return concatenate_datasets([read_csv(file) for file in files])
+        if kind == "arrow":
+            return concatenate_datasets([Dataset.from_file(str(file)) for file in files])
+        # datasets would answer from its cache for a file of the same name and time, whatever is in it now.
+        cache = cache_folder() / f"{kind}-{content_hash(files)}"
+        names = [str(file) for file in files]
+        return as_dataset(load_dataset(kind, data_files=names, split="train", cache_dir=str(cache)))
     except LOADER_ERRORS as error:
-        if ending == ".csv":
-            check_file(path)
-        raise UserError(f"{path} can't be read as {ending[1:]}: {root_cause(error)}") from error
+        raise UserError(f"{origin} can't be read as {kind}: {root_cause(error)}") from error
 
 
-def load_text(path: Path, separator: str | None) -> Dataset:
+def content_hash(files: Sequence[Path]) -> str:
+    """Of what is in the files."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+def read_csv(path: Path) -> Dataset:
+    """The rows of a CSV file; what is text stays so, "007", "True" and "None" too, and only an empty field is missing."""
+    check_csv(path)
+    types = dict.fromkeys(TEXT_COLUMNS, str)
+    frame = pandas.read_csv(path, dtype=types, keep_default_na=False, na_values=[""], low_memory=False)
+    return Dataset.from_pandas(frame, preserve_index=False)
+
+
+def from_rows(rows: Sequence[dict[str, Any]]) -> Dataset:
+    """Rows as a dataset with every column that one of them has, null where it is absent; values of any kind may mix."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}, on_mixed_types="use_json")
+
+
+def read_stories(path: Path, separator: str | None) -> list[str]:
     """Stories between separators; without a separator, paragraphs between blank lines."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}): {error.reason}") from error
     stories = [story.strip() for story in text.split("\n\n" if separator is None else separator)]
-    return Dataset.from_dict({"text": [story for story in stories if story]})
+    return [story for story in stories if story]
 
 
-def load_folder(path: Path) -> DatasetDict:
+def load_folder(path: Path, text_separator: str | None) -> DatasetDict:
     """A folder that ``save_to_disk`` wrote, or one of data files, whose names may tell splits apart."""
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -87,17 +136,14 @@ def load_folder(path: Path) -> DatasetDict:
         endings = {file_type(file) for file in files if file.name.lower().endswith(READABLE)}
         if not endings:
             raise UserError(f"{path}: no data in this folder; accepted are {', '.join(READABLE)}")
-        if len({BUILDERS.get(ending) for ending in endings}) > 1:
+        if len({KINDS[ending] for ending in endings}) > 1:
             raise UserError(f"{path}: files of different types ({', '.join(sorted(endings))}); name one of them")
-        for file in files:
-            if file.name.lower().endswith((".json", ".jsonl", ".gz")):
-                check_file(file)
-        loaded = load_dataset(str(path))
+        found = load_dataset_builder(str(path)).config.data_files  # knows what file names and dataset cards mean
     except LOADER_ERRORS as error:
         raise UserError(f"{path} can't be read as a dataset: {root_cause(error)}") from error
-    if not isinstance(loaded, DatasetDict):
-        raise UserError(f"{path}: not a folder of splits")
-    return loaded
+    return DatasetDict(
+        {str(split): load_files([Path(file) for file in files], path, text_separator) for split, files in found.items()}
+    )
 
 
 def as_dataset(loaded: Any) -> Dataset:

@@ -125,7 +125,8 @@ def to_canonical(dataset: Dataset, kind: Kind, format: str | None = None, origin
         raise UserError(f"{origin}: no row is left for {kind}: {converter.reasons()}")
     if converter.dropped:
         log.warning("%s: left out rows without anything to learn: %s", origin, converter.reasons())
-    canonical = Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    canonical = Dataset.from_dict(columns, on_mixed_types="use_json")  # of tool calls no two need have the same keys
     # Alpaca's rows repeat themselves in a column "text": it is not to be taken for what is learnt.
     mistakable = DEMONSTRATION_COLUMNS if kind == "demonstrations" else ()
     taken_care_of = {*used, *rows[0], *mistakable}

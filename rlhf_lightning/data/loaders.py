@@ -1,12 +1,12 @@
-"""Stateful data loaders over tokenized rows."""
+"""Data loaders over tokenized rows, and where in a run they are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader
 
 from rlhf_lightning.data.collate import PlannedRows
 from rlhf_lightning.data.sampler import BucketBatchSampler
@@ -35,6 +35,40 @@ def placement(trainer: Any) -> Placement:
     return Placement(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
 
 
+def whereabouts(trainer: Any) -> tuple[int, int]:
+    """How many epochs, and how many batches of the present one, a run in training has behind it; else (0, 0).
+
+    Counted by Lightning's loops, whose state is in every checkpoint: a loader needs none of its own, and what its workers
+    have prepared beyond the batch that is trained on is of no interest.
+    """
+    return (trainer.current_epoch, trainer.fit_loop.batch_idx + 1) if trainer.training else (0, 0)
+
+
+class RowLoader(DataLoader[Any]):
+    """A loader that asks where to begin when the first batch of an iteration is wanted.
+
+    Not earlier: Lightning makes iterators before it has read the checkpoint.
+
+    Attributes:
+        where: Gives epoch and batch; None for one epoch after the other.
+    """
+
+    where: Callable[[], tuple[int, int]] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Batches, from there to the end of the epoch."""
+        if self.where is not None and isinstance(self.batch_sampler, BucketBatchSampler):
+            self.batch_sampler.begin(*self.where())
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to remember; that there is this method tells Lightning that the loader can begin anywhere."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+
 def make_loader(
     rows: Dataset,
     collate: Callable[..., Any],
@@ -46,8 +80,8 @@ def make_loader(
     num_workers: int,
     weights: list[int],
     bucket_batches: int,
-) -> StatefulDataLoader:
-    """A loader that knows where it is.
+) -> RowLoader:
+    """A loader over one split.
 
     Args:
         rows: Tokenized rows with a ``length``.
@@ -71,9 +105,9 @@ def make_loader(
         accumulate=place.accumulate,
         bucket_batches=bucket_batches,
     )
-    return StatefulDataLoader(
-        PlannedRows(rows.remove_columns("length")),
-        batch_sampler=sampler,
+    return RowLoader(
+        PlannedRows(rows.remove_columns("length")),  # type: ignore[arg-type]
+        batch_sampler=sampler,  # type: ignore[arg-type]
         collate_fn=collate,
         num_workers=num_workers,
         # Its own generator: else making an iterator would draw from the global one, and a resumed run differ.

@@ -49,10 +49,12 @@ def read_message(value: object, column: str) -> Message:
         raise UserError(
             f"column '{column}' has a message with role {given!r}; known: {', '.join([*KNOWN_ROLES, *ROLES])}"
         )
-    content = flatten_content(value.get("content", value.get("value")), column)
+    said = value.get("content")
+    content = flatten_content(value.get("value") if said is None else said, column)
     if not content.strip() and role != "tool" and not value.get("tool_calls"):
         raise UserError(f"column '{column}' has an empty {role} message")
-    extras = {k: v for k, v in value.items() if k not in ("role", "from", "content", "value", "weight")}
+    spelt = ("role", "from", "content", "value", "weight")
+    extras = {k: v for k, v in value.items() if k not in spelt and v is not None}
     return {"role": role, "content": content, **extras}
 
 
@@ -62,8 +64,10 @@ def flatten_content(content: object, column: str) -> str:
         return ""
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        return "".join(part["text"] for part in content)
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
+    if all(isinstance(text, str) for text in texts):
+        return "".join(map(str, texts))
     raise UserError(
         f"column '{column}' has message content that is not text: {content!r:.60}; images are not supported"
     )

@@ -1,17 +1,21 @@
 """What the three data modules share: find the tokenizer, load and split the rows, tokenize once, hand out loaders."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import lightning
 from datasets import Dataset
-from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.data.loaders import make_loader, placement
+from rlhf_lightning.data.cache import dataset_hash
+from rlhf_lightning.data.loaders import RowLoader, make_loader, placement, whereabouts
 from rlhf_lightning.data.sources import Kind, Source
 from rlhf_lightning.data.splits import Split, find_tokenizer, load_splits
+
+log = logging.getLogger(__name__)
 
 
 class RowsDataModule(lightning.LightningDataModule):
@@ -41,6 +45,7 @@ class RowsDataModule(lightning.LightningDataModule):
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.bucket_batches = bucket_batches
         self.rows: dict[str, Dataset] = {}
+        self._fingerprint: dict[str, Any] = {}
 
     @abstractmethod
     def tokenize(self, rows: Dataset) -> Dataset:
@@ -68,7 +73,7 @@ class RowsDataModule(lightning.LightningDataModule):
         splits = load_splits(self.source, self.kind, self.format, self.split)
         self.rows = {name: self.tokenize(rows) for name, rows in splits.items()}
 
-    def loader(self, name: str, *, shuffle: bool) -> StatefulDataLoader:
+    def loader(self, name: str, *, shuffle: bool) -> RowLoader:
         """A loader over one split."""
         rows = self.rows[name]
         return make_loader(
@@ -83,9 +88,34 @@ class RowsDataModule(lightning.LightningDataModule):
             bucket_batches=self.bucket_batches,
         )
 
-    def train_dataloader(self) -> StatefulDataLoader:
-        """Training rows in length buckets, in a new order each epoch."""
-        return self.loader("train", shuffle=True)
+    def fingerprint(self) -> dict[str, Any]:
+        """Number and hash of the tokenized training rows, in their order."""
+        if not self._fingerprint:
+            self._fingerprint = {"rows": len(self.rows["train"]), "hash": dataset_hash(self.rows["train"])}
+        return self._fingerprint
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the rows."""
+        return self.fingerprint()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Say aloud if a run goes on with other rows than it began with: nothing that it measures is one run's then."""
+        trainer: Any = self.trainer
+        if trainer.state.fn != "fit" or not trainer.is_global_zero or state_dict == self.fingerprint():
+            return
+        log.warning(
+            "%s: the training rows have changed since the run began (%d rows then, %d now); it goes on with those of now",
+            self.source,
+            state_dict["rows"],
+            len(self.rows["train"]),
+        )
+
+    def train_dataloader(self) -> RowLoader:
+        """Training rows in length buckets, in a new order each epoch; in a run, from where the run is."""
+        loader = self.loader("train", shuffle=True)
+        if self.trainer is not None:
+            loader.where = partial(whereabouts, self.trainer)
+        return loader
 
     def val_dataloader(self) -> Any:
         """Held-out rows; an empty list where nothing is held out."""

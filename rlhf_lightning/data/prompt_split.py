@@ -11,7 +11,7 @@ from rlhf_lightning.errors import UserError
 
 def prompt_key(prompt: Any) -> str:
     """A name for a prompt (text or messages) that is the same in every process and on every machine."""
-    return hashlib.sha256(json.dumps(prompt, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
 
 
 def row_key(row: dict[str, Any]) -> str:

@@ -3,9 +3,9 @@
 from typing import Literal
 
 from datasets import Dataset
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from rlhf_lightning.data.collate import PromptCollator
+from rlhf_lightning.data.loaders import RowLoader
 from rlhf_lightning.data.module import RowsDataModule
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.data.splits import Split
@@ -50,7 +50,7 @@ class PromptDataModule(RowsDataModule):
     def collator(self) -> PromptCollator:
         return PromptCollator(self.tokenizer.pad_token_id)
 
-    def loader(self, name: str, *, shuffle: bool) -> StatefulDataLoader:
+    def loader(self, name: str, *, shuffle: bool) -> RowLoader:
         """As everywhere, but a validation goes over a fixed few prompts only."""
         if not shuffle and self.validation_prompts is not None:
             few = min(self.validation_prompts, len(self.rows[name]))

@@ -2,7 +2,16 @@
 
 from rlhf_lightning.data.implicit_prompt import split_conversations, split_texts
 from rlhf_lightning.data.messages import Message, Prompt, is_conversation, parse_hh, read_messages, split_at_answer
-from rlhf_lightning.data.rows import Example, NoSignalError, Row, read_answer, read_label, read_prompt, read_string
+from rlhf_lightning.data.rows import (
+    Example,
+    NoSignalError,
+    Row,
+    read_answer,
+    read_label,
+    read_optional,
+    read_prompt,
+    read_string,
+)
 from rlhf_lightning.errors import UserError
 
 
@@ -22,10 +31,15 @@ def hh_text(row: Row) -> Example:
     return Example(messages=hh_dialogue(row, "text"))
 
 
+def system_message(row: Row) -> list[Message]:
+    """The system prompt where it has a column of its own."""
+    given = read_optional(row, "system")
+    return [{"role": "system", "content": given}] if given else []
+
+
 def whole_conversation(row: Row, column: str) -> list[Message]:
-    """The messages of a column, after the system prompt where that has a column of its own."""
-    given = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return [*given, *read_messages(row.get(column), column)]
+    """The messages of a column, after the system prompt."""
+    return [*system_message(row), *read_messages(row.get(column), column)]
 
 
 def messages(row: Row) -> Example:
@@ -63,10 +77,13 @@ def unpaired(row: Row) -> Example:
 def stepwise(row: Row) -> Example:
     """Steps with a verdict each, joined by newlines; liked as a whole when every step is right."""
     prompt, steps, labels = read_prompt(row), row.get("completions"), row.get("labels")
-    if not steps or not labels or len(steps) != len(labels):
+    lists = isinstance(steps, list) and isinstance(labels, list)
+    if not lists or not steps or not labels or len(steps) != len(labels):
         raise UserError("columns 'completions' and 'labels' must be lists of the same length, not empty")
     verdicts = [read_label({"labels": label}, "labels") for label in labels]
     answers = [read_answer({"completions": step}, "completions", prompt) for step in steps]
+    if any(isinstance(answer, list) and len(answer) > 1 for answer in answers):
+        raise UserError("column 'completions' has a step of several messages; a step is one")
     joined = "\n".join(answer if isinstance(answer, str) else answer[0]["content"] for answer in answers)
     completion: Prompt = joined if isinstance(prompt, str) else [{"role": "assistant", "content": joined}]
     return Example(prompt=prompt, completion=completion, label=all(verdicts))
@@ -128,13 +145,20 @@ def swift_preference(row: Row) -> Example:
 
 def alpaca_prompt(row: Row) -> list[Message]:
     """System prompt, earlier turns, and the instruction with its input as the user's turn."""
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    given = read_optional(row, "input")
+    instruction = read_string(row, "instruction") + (f"\n{given}" if given else "")
+    return [*system_message(row), *alpaca_history(row), {"role": "user", "content": instruction}]
+
+
+def alpaca_history(row: Row) -> list[Message]:
+    """Earlier turns, given as pairs of a question and its answer."""
     turns: list[Message] = []
-    for question, answer in row.get("history") or []:
-        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    given = row.get("input") or ""
-    instruction = read_string(row, "instruction") + (f"\n{given}" if given.strip() else "")
-    return [*system, *turns, {"role": "user", "content": instruction}]
+    history = row.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(s, str) and s.strip() for s in pair)):
+            raise UserError(f"column 'history' holds {pair!r:.60} where a pair [question, answer] of texts belongs")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return turns
 
 
 def alpaca(row: Row) -> Example:

@@ -8,6 +8,20 @@ from rlhf_lightning.errors import UserError
 
 Row = dict[str, Any]
 
+# Columns that hold text wherever they are not lists of messages.
+TEXT_COLUMNS = (
+    "text",
+    "prompt",
+    "completion",
+    "chosen",
+    "rejected",
+    "rejected_response",
+    "instruction",
+    "input",
+    "output",
+    "system",
+)
+
 
 class NoSignalError(Exception):
     """A well-formed row with nothing to learn from; it is left out and counted."""
@@ -50,6 +64,17 @@ def read_string(row: Row, column: str) -> str:
     if not value.strip():
         raise UserError(f"column '{column}' is empty")
     return value
+
+
+def read_optional(row: Row, column: str) -> str:
+    """A column that may hold text; "" where it is missing, null or blank.
+
+    Raises:
+        UserError: If it holds anything else.
+    """
+    value = row.get(column)
+    blank = value is None or (isinstance(value, str) and not value.strip())
+    return "" if blank else read_string(row, column)
 
 
 def read_label(row: Row, column: str) -> bool:

@@ -1,7 +1,7 @@
 """Which rows make up which batch: length buckets, exact normalisation over an optimizer step, and a state to resume from."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import Sampler
@@ -24,8 +24,8 @@ class BatchPlan(NamedTuple):
 class BucketBatchSampler(Sampler[BatchPlan]):
     """Batches of rows of like length, sharded over ranks.
 
-    In training the order is drawn from (seed, epoch), and (epoch, position) is the whole state. The epoch rolls over at
-    the *start* of an iteration: at its end, a checkpoint of the last batch would resume into an empty epoch.
+    In training the order is drawn from (seed, epoch), so that an iteration can begin at any batch of any epoch; one that is
+    not told where begins the next epoch.
     """
 
     def __init__(
@@ -75,20 +75,13 @@ class BucketBatchSampler(Sampler[BatchPlan]):
         if not self.shuffle:
             yield from self._plans(epoch=0)
             return
-        if self.position >= len(self):
-            self.epoch, self.position = self.epoch + 1, 0
-        plans = self._plans(self.epoch)
-        while self.position < len(plans):
-            self.position += 1
-            yield plans[self.position - 1]
+        plans = self._plans(self.epoch)[self.position :]
+        self.epoch, self.position = self.epoch + 1, 0
+        yield from plans
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the next batch is."""
-        return {"epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.epoch, self.position = state["epoch"], state["position"]
+    def begin(self, epoch: int, position: int) -> None:
+        """Let the next iteration begin there: so many epochs, and batches of this one, lie behind."""
+        self.epoch, self.position = epoch, position
 
     def _plans(self, epoch: int) -> list[BatchPlan]:
         steps = self._global_batches(epoch)

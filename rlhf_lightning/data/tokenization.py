@@ -20,6 +20,7 @@ from rlhf_lightning.data.encoding import encode_pair as encode_pair
 from rlhf_lightning.data.encoding import encode_pairs as encode_pairs
 from rlhf_lightning.data.encoding import encode_prompt as encode_prompt
 from rlhf_lightning.data.encoding import encode_text as encode_text
+from rlhf_lightning.data.literal import literal
 from rlhf_lightning.data.prompt_split import prompt_key as prompt_key
 from rlhf_lightning.data.prompt_split import split_by_prompt as split_by_prompt
 from rlhf_lightning.data.rows import Row
@@ -32,6 +33,7 @@ CacheDir = str | os.PathLike[str] | None
 Plan = Callable[[Row], list[Piece]]
 Join = Callable[[Row, list[Piece], list[list[int]]], Row]
 IDS = List(Value("int32"))
+LARGEST_MARGIN = float(np.finfo(np.float32).max)
 
 
 def tokenize_demonstrations(
@@ -64,7 +66,7 @@ def tokenize_demonstrations(
 
     def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
         whole = join_demonstration(encoder, row, pieces, ids, mask)
-        kept = Masked(whole.ids[:stop], whole.mask[:stop])
+        kept = Masked(whole.ids[:stop], [False, *whole.mask[1:stop]])  # nothing predicts the first token
         lengths = {"length": len(kept.ids), "supervised": sum(kept.mask), "full_length": len(whole.ids)}
         return {"input_ids": kept.ids, "response_mask": kept.mask, **lengths}
 
@@ -80,7 +82,8 @@ def tokenize_preferences(
 ) -> Dataset:
     """Pairs as ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``margin`` and ``length`` (of the longer side).
 
-    Pairs with a side longer than ``max_length`` are left out, and counted aloud: cut, they would compare other texts.
+    Pairs with a side longer than ``max_length`` are left out, and counted aloud: cut, they would compare other texts. A side
+    whose column ``chosen_truncated`` or ``rejected_truncated`` is true was cut off when it was sampled: it gets no EOS.
 
     Raises:
         UserError: If a row can't be encoded, or all pairs are too long.
@@ -92,7 +95,9 @@ def tokenize_preferences(
 
     def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
         *start, left, right = ids
-        prompt, chosen, rejected = encoder.join_prompt(start), encoder.end(left), encoder.end(right)
+        prompt = encoder.join_prompt(start)
+        chosen = left if row.get("chosen_truncated") else encoder.end(left)
+        rejected = right if row.get("rejected_truncated") else encoder.end(right)
         length = len(prompt) + max(len(chosen), len(rejected))
         answers = {"chosen_ids": chosen, "rejected_ids": rejected}
         return {"prompt_ids": prompt, **answers, "margin": read_margin(row), "length": length}
@@ -126,6 +131,10 @@ def tokenize_prompts(
         prompt = encoder.join_prompt(ids)
         return {**row, "prompt_ids": prompt, "length": len(prompt)}
 
+    for name in {"prompt_ids", "length"} & set(dataset.column_names):
+        log.warning(
+            "the column '%s' of the prompts is replaced by that of their tokens; reward functions see this one", name
+        )
     features = Features({**dataset.features, "prompt_ids": IDS, "length": Value("int32")})
     rows = tokenize(dataset, encoder, plan, join, features, "prompts", {}, cache_dir)
     lengths = numbers(rows, "length")
@@ -169,13 +178,13 @@ def blame(name: str, row: Row) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{name} ({next(iter(row.values()))!s:.40}...): {error}") from error
+        raise UserError(f"{name} ({str(next(iter(row.values())))[:40]!r}...): {error}") from error
 
 
 def demonstration_pieces(encoder: Encoder, row: Row, mask: Mask) -> list[Piece]:
     """The pieces of a demonstration; prompt and completion stay apart unless every assistant turn is to be found."""
     if "text" in row:
-        return [Piece(row["text"], True)]
+        return [Piece(literal(row["text"], []), True)]
     if "messages" in row:
         return conversation_pieces(encoder.tokenizer, row["messages"], tools_of(row))
     if mask == "assistant" and isinstance(row["prompt"], list):
@@ -213,16 +222,16 @@ def tools_of(row: Row) -> Tools:
     """The tools of a row: a list of JSON schemas, also written as text.
 
     Raises:
-        UserError: If the text is not a JSON list.
+        UserError: If it is no list of objects, or the text not one in JSON.
     """
     tools = row.get("tools") or None
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) or None
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"column 'tools' is not JSON: {error}") from error
-    if tools is not None and not isinstance(tools, list):
-        raise UserError("column 'tools' must hold a list of JSON schemas")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise UserError(f"column 'tools' holds {tools!r:.60} where a list of JSON schemas belongs")
     return tools
 
 
@@ -235,8 +244,8 @@ def read_margin(row: Row) -> float:
     margin = row.get("margin")
     if margin is None:
         return 0.0
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or margin != margin:
-        raise UserError(f"column 'margin' is {margin!r}; it must be a number")
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= LARGEST_MARGIN:
+        raise UserError(f"column 'margin' is {margin!r:.40}; it must be a finite number")
     return float(margin)
 
 

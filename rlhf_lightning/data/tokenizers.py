@@ -39,6 +39,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(folder) if folder.exists() else path, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"the tokenizer of {path} brings code of its own, which is not run; save it again with a tokenizer_class of "
+                "transformers, PreTrainedTokenizerFast for one"
+            ) from error
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no tokenizer could be loaded from '{path}': {reason}; give a folder or a hub id") from error
 

@@ -33,10 +33,10 @@ def rows(*values):
 @pytest.mark.parametrize(
     ("row", "mask", "ids", "learnt"),
     [
-        ({"text": "a b"}, "completion", [1, 6, 7, 2], "1111"),
+        ({"text": "a b"}, "completion", [1, 6, 7, 2], "0111"),
         ({"prompt": "a b", "completion": "c"}, "completion", [1, 6, 7, 8, 2], "00011"),
         ({"prompt": "a b", "completion": "c"}, "assistant", [1, 6, 7, 8, 2], "00011"),
-        ({"prompt": "a b", "completion": "c"}, "all", [1, 6, 7, 8, 2], "11111"),
+        ({"prompt": "a b", "completion": "c"}, "all", [1, 6, 7, 8, 2], "01111"),
         ({"prompt": [USER], "completion": [BOT]}, "completion", [1, 4, 6, 7, 5, 8, 2], "0000011"),
         (
             {"prompt": [USER, BOT, USER], "completion": [BOT]},
