@@ -35,6 +35,8 @@ class GAE(AdvantageEstimator):
         missing_eos_penalty: Taken off the score of a response that was cut off before EOS.
         score_clip: Scores are clipped to plus or minus this; None leaves them.
         whiten_rewards: Scale the per-token rewards to unit variance (their mean stays).
+        whiten_advantages: Scale the advantages of the rollout to mean 0 and unit variance. Without it the length of a step
+            shrinks with the advantages, which all vanish at the optimum.
     """
 
     gamma: float = 1.0
@@ -42,6 +44,7 @@ class GAE(AdvantageEstimator):
     missing_eos_penalty: float = 1.0
     score_clip: float | None = None
     whiten_rewards: bool = False
+    whiten_advantages: bool = True
 
     def estimate(self, rollout: Rollout, *, kl_coef: float, all_sum: Callable[[Tensor], Tensor]) -> Rollout:
         mask = rollout.response_mask
@@ -52,4 +55,6 @@ class GAE(AdvantageEstimator):
         if self.whiten_rewards:
             rewards = whiten(rewards, mask, keep_mean=True, all_sum=all_sum)
         advantages, returns = gae(rewards, rollout.values, mask, gamma=self.gamma, gae_lambda=self.gae_lambda)
-        return rollout.with_advantages(whiten(advantages, mask, all_sum=all_sum), returns)
+        if self.whiten_advantages:
+            advantages = whiten(advantages, mask, all_sum=all_sum)
+        return rollout.with_advantages(advantages, returns)

@@ -65,13 +65,19 @@ class Rollout:
             cut[f.name] = value
         return Rollout(**cut)
 
-    def minibatches(self, size: int, generator: torch.Generator) -> Iterator["Rollout"]:
-        """The rows in a fresh random order, ``size`` at a time (the last one may be smaller)."""
+    def minibatches(self, size: int, generator: torch.Generator, most: int | None = None) -> Iterator["Rollout"]:
+        """The rows in a fresh random order, ``size`` at a time; the last may be smaller, or larger if there are ``most``."""
         order = torch.randperm(len(self), generator=generator).to(self.input_ids.device)
-        for index in order.split(size):
+        for index in parts(order, size, most):
             yield self.rows(index)
 
-    def micro_batches(self, size: int) -> Iterator["Rollout"]:
-        """Consecutive rows, ``size`` at a time, each trimmed to its own width."""
-        for index in torch.arange(len(self), device=self.input_ids.device).split(size):
+    def micro_batches(self, size: int, most: int | None = None) -> Iterator["Rollout"]:
+        """Consecutive rows, ``size`` at a time as in :meth:`minibatches`, each trimmed to its own width."""
+        for index in parts(torch.arange(len(self), device=self.input_ids.device), size, most):
             yield self.rows(index).trimmed()
+
+
+def parts(rows: Tensor, size: int, most: int | None = None) -> list[Tensor]:
+    """Pieces of ``size``; were there more than ``most``, the last one takes what is left: another rank has a row less."""
+    pieces = list(rows.split(size))
+    return pieces if most is None else [*pieces[: most - 1], torch.cat(pieces[most - 1 :])]

@@ -13,7 +13,7 @@ from rlhf_lightning.models.actor_critic import ActorCritic, ActorCriticOutput
 from rlhf_lightning.models.export import eos_ids
 from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.rewards.reward import Reward, Samples, checked_scores
-from rlhf_lightning.rollouts.buffer import Rollout
+from rlhf_lightning.rollouts.buffer import Rollout, parts
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def score_responses(
     *,
     temperature: float,
     micro_batch_size: int,
+    most: int | None = None,
 ) -> Rollout:
     """Log-probabilities, values and rewards of sampled responses.
 
@@ -90,6 +91,7 @@ def score_responses(
         reward: Scores the text.
         temperature: That of the sampling; divides policy's and reference's logits alike.
         micro_batch_size: Rows a forward.
+        most: Forwards at most, where another rank has fewer rows; the last one then takes what is left.
 
     Returns:
         The rollout, without advantages.
@@ -97,7 +99,8 @@ def score_responses(
     width = responses.response_mask.shape[1]
     policy: list[ActorCriticOutput] = []
     ref: list[Tensor] = []
-    for rows in torch.arange(len(responses.truncated), device=responses.input_ids.device).split(micro_batch_size):
+    every = torch.arange(len(responses.truncated), device=responses.input_ids.device)
+    for rows in parts(every, micro_batch_size, most):
         inputs = (responses.input_ids[rows], responses.attention_mask[rows], responses.sequence_mask[rows])
         policy.append(model(*inputs, temperature=temperature))
         ref.append(reference(*inputs, temperature=temperature).logprobs)

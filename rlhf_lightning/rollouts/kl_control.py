@@ -15,6 +15,13 @@ class KLControl(ABC):
     def update(self, kl: float, episodes: int) -> None:
         """Take note of an iteration: its mean KL of a whole response in nats, and how many responses it had."""
 
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps: nothing, where the configuration says it all."""
+        return {}
+
+    def load_state(self, state: dict[str, float]) -> None:  # noqa: B027  (as above)
+        """Go on from there."""
+
 
 class FixedKL(KLControl):
     """A constant coefficient."""
@@ -40,3 +47,9 @@ class AdaptiveKL(KLControl):
 
     def update(self, kl: float, episodes: int) -> None:
         self.coef = adaptive_kl_coef(self.coef, kl, target=self.target, horizon=self.horizon, episodes=episodes)
+
+    def state(self) -> dict[str, float]:
+        return {"coef": self.coef}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        self.coef = state["coef"]
