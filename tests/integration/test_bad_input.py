@@ -170,6 +170,7 @@ def test_a_reward_function_that_misbehaves_is_named(tmp_path, capsys, body, word
     args[args.index("unused")] = "HHHWorld"
     args.remove("--data.split.validation=0")
     args += ["--model.reward", "FunctionReward", "--model.reward.function", f"{tmp_path}/mine.py:praise"]
+    args += ["--import", f"{tmp_path}/mine.py"]
     args += ["--model.critic", "null", "--model.sampling.max_new_tokens", "4", "--data.batch_size", "4"]
     said = refused(capsys, *args)
     assert "praise" in said

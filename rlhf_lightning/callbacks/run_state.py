@@ -1,0 +1,88 @@
+"""Makes a checkpoint the whole state of a run, so that a run that goes on from it is the one that never stopped."""
+
+import logging
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from rlhf_lightning.callbacks.checkpoint_file import class_path
+from rlhf_lightning.callbacks.metrics_file import RunMetrics
+from rlhf_lightning.callbacks.random_state import random_state, set_random_state
+from rlhf_lightning.modules.metrics import Means
+from rlhf_lightning.modules.ranks import of_this_rank, over_ranks
+
+log = logging.getLogger(__name__)
+
+
+class RunState(Callback):
+    """Adds to Lightning's checkpoints what they lack: the random generators and what was counted since the last log, both
+    of every rank, and how many rows metrics.csv had.
+
+    Weights, optimizers, schedules, loop counters and the module's own state are in there already. The loader needs no state:
+    where it begins is read off the loop counters (:func:`rlhf_lightning.data.loaders.whereabouts`).
+    """
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] | None = None
+        self._before_validation: dict[str, Any] | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        own = self._before_validation or own_state(pl_module)  # a validation that is broken off is begun again
+        checkpoint["run"] = {
+            "module": class_path(pl_module),
+            "ranks": over_ranks(trainer, own),
+            "metrics_rows": sum(logger.sync() for logger in metrics_files(trainer)),
+        }
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit" or "run" not in checkpoint:
+            return
+        self._loaded = of_this_rank(trainer, checkpoint["run"]["ranks"])
+        for logger in metrics_files(trainer):
+            logger.cut(checkpoint["run"]["metrics_rows"])
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._restore(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._restore(pl_module)
+            self._before_validation = own_state(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._before_validation = None
+
+    def _restore(self, pl_module: LightningModule) -> None:
+        """Only now: what happened since the start, a validation before training for one, must leave no trace."""
+        if self._loaded is None:
+            return
+        for name, means in means_of(pl_module).items():
+            means.load_own_state(self._loaded["means"][name])
+        set_random_state(self._loaded["random"], pl_module.device)
+        self._loaded = None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._loaded is not None and trainer.is_global_zero:
+            log.info(
+                "the run had come to its end before, at optimizer step %d; with a larger trainer.max_steps or "
+                "trainer.max_epochs it goes on",
+                trainer.global_step,
+            )
+
+
+def own_state(module: LightningModule) -> dict[str, Any]:
+    """What a rank has of its own."""
+    return {
+        "random": random_state(module.device),
+        "means": {name: means.own_state() for name, means in means_of(module).items()},
+    }
+
+
+def means_of(module: LightningModule) -> dict[str, Means]:
+    """What a module counts in, by name."""
+    return {name: part for name, part in module.named_modules() if isinstance(part, Means)}
+
+
+def metrics_files(trainer: Trainer) -> list[RunMetrics]:
+    """The run's metrics.csv, or nothing where it has none."""
+    return [logger for logger in trainer.loggers if isinstance(logger, RunMetrics)]

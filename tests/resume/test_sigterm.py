@@ -1,0 +1,89 @@
+"""SIGTERM: the batch is finished, the state saved, one line says how to go on, the exit code is 0, nothing is exported."""
+
+import shlex
+import signal
+
+import pytest
+
+from rlhf_lightning.cli import main, without_option
+from tests.resume.runs import METHODS, Signal, differences
+
+
+def said(run):
+    (line,) = [line for line in run.log.read_text().splitlines() if line.startswith("stopped by SIGTERM")]
+    return line
+
+
+def stopped(crew, method, name, *where, more=()):
+    run, folder = crew.run(method, name, *more, die=Signal(*where, signal.SIGTERM))
+    assert run.join() == [0], run.log.read_text()[-3000:]
+    assert not (folder / "export").exists()
+    return run, folder
+
+
+@pytest.mark.parametrize("where", [("batch", 9), pytest.param(("validation", 1), marks=pytest.mark.slow)])
+def test_the_line_that_it_ends_with_is_the_command_that_goes_on(crew, whole, where):
+    """The second is the validation before the training, where Lightning's own handler waits."""
+    run, folder = stopped(crew, "sft", f"sft-term-{where[0]}", *where)
+    before, _, command = said(run).partition("; go on with: ")
+    assert before.endswith(str(folder / "checkpoints" / "last.ckpt"))
+    words = shlex.split(command)
+    assert words[:4] == ["python", "-m", "rlhf_lightning", "fit"]
+    again = crew.again(words[3:], "sft")
+    assert again.join() == [0]
+    assert differences(whole("sft"), folder) == []
+
+
+# With batch 4 a validation is due, which may take longer than we are given: it is left to the run that goes on.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "where", [("batch", 4), ("batch", 12), ("batch", 13), ("validation", 4), ("epoch end", 1)], ids=str
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_lost_wherever_it_comes(crew, whole, method, where):
+    _, folder = stopped(crew, method, f"{method}-term-{where[0]}-{where[1]}", *where)
+    assert crew.go_on(method, folder.name).join() == [0]
+    assert differences(whole(method), folder) == []
+
+
+@pytest.mark.slow
+def test_asked_at_the_very_end_the_next_one_only_exports(crew, whole):
+    _, folder = stopped(crew, "sft", "sft-term-end", "epoch end", 2)
+    run = crew.go_on("sft", folder.name)
+    assert run.join() == [0]
+    assert "the run had come to its end before, at optimizer step 12" in run.log.read_text()
+    assert differences(whole("sft"), folder) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("method", ["sft", "ppo"])
+def test_one_rank_is_asked_and_all_of_them_stop(crew, whole, method, rank):
+    run, folder = crew.run(method, f"{method}-term-rank-{rank}", ranks=2)
+    run.wait_for("batch" if method == "sft" else "update")
+    run.terminate(rank)
+    assert run.join() == [0, 0], run.log.read_text()[-3000:]
+    assert said(run)
+    assert not (folder / "export").exists()
+    assert crew.go_on(method, folder.name, ranks=2).join() == [0, 0]
+    assert differences(whole(method, ranks=2), folder) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "rest"),
+    [
+        (["fit", "--ckpt_path", "last", "--a", "1"], ["fit", "--a", "1"]),
+        (["fit", "--ckpt_path=x.ckpt"], ["fit"]),
+        (["fit", "--a", "1"], ["fit", "--a", "1"]),
+    ],
+)
+def test_the_option_that_is_given_anew_is_taken_out(args, rest):
+    assert without_option(args, "--ckpt_path") == rest
+
+
+def test_a_run_without_a_checkpoint_can_not_go_on(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--model", "SFTModule", "--data", "DemonstrationDataModule", "--data.source", "HHHWorld",
+              "--trainer.default_root_dir", str(tmp_path), "--ckpt_path", "last"])  # fmt: skip
+    assert exit_.value.code == 2
+    assert "there is no" in capsys.readouterr().err
