@@ -1,25 +1,32 @@
 """The command line: Lightning's fit, validate, test and predict, and the commands beside them."""
 
-import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_lightning import losses, modules, rewards, rollouts, worlds  # noqa: F401  (short class names in YAML)
+from rlhf_lightning.callbacks.checkpoint_file import LAST, WholeFiles, check_sound
 from rlhf_lightning.callbacks.export import ExportAtEnd
+from rlhf_lightning.callbacks.loggers import run_loggers, wandb_logger
 from rlhf_lightning.callbacks.metrics_file import RunMetrics
 from rlhf_lightning.callbacks.predictions import PredictionLines
 from rlhf_lightning.callbacks.progress import RunProgress
+from rlhf_lightning.callbacks.run_checkpoint import RunCheckpoint
+from rlhf_lightning.callbacks.run_state import RunState
 from rlhf_lightning.callbacks.samples import SampleTable
 from rlhf_lightning.commands.chat import chat
 from rlhf_lightning.commands.export import export
+from rlhf_lightning.commands.ground_truth import ground_truth
+from rlhf_lightning.commands.imports import FLAG, POLICY, check_checkpoint, check_imports, take_imports
 from rlhf_lightning.commands.parser import CommandParser, TrainerParser, one_line, users_mistakes
 from rlhf_lightning.commands.pipeline import pipeline
 from rlhf_lightning.commands.quiet import be_quiet
@@ -27,7 +34,7 @@ from rlhf_lightning.commands.run_folder import ForgetFailedStart, RunFolder, Sav
 from rlhf_lightning.data.demonstrations import DemonstrationDataModule  # noqa: F401
 from rlhf_lightning.data.preferences import PreferenceDataModule  # noqa: F401
 from rlhf_lightning.data.prompts import PromptDataModule  # noqa: F401
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import RunStopped, UserError, harmless
 from rlhf_lightning.evaluation import evaluation  # noqa: F401
 from rlhf_lightning.modules import strategies  # noqa: F401
 from rlhf_lightning.rewards import composite, function, reward_model, world  # noqa: F401
@@ -35,6 +42,7 @@ from rlhf_lightning.rollouts import advantages, kl_control  # noqa: F401
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS: dict[str, Callable[..., Any]] = {"pipeline": pipeline, "export": export, "chat": chat}
+FIT_COMMANDS: dict[str, Callable[..., None]] = {"ground-truth": ground_truth}  # take the files and flags of fit
 
 
 class RLHFCLI(LightningCLI):
@@ -49,16 +57,15 @@ class RLHFCLI(LightningCLI):
         parser.add_argument("--overwrite", type=bool, default=False, help="Replace the run that the folder holds.")
         parser.add_lightning_class_args(SampleTable, "samples")
         parser.add_lightning_class_args(ExportAtEnd, "export")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{step}"})
-        # Else it saves after validations only, and last.ckpt lacks whatever was trained since the last of them.
-        parser.set_defaults({"checkpoint.save_on_train_epoch_end": True})
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
 
     def _parse_ckpt_path(self) -> None:
         """The command line wins over what a checkpoint remembers; our checkpoints hold no hyper-parameters at all."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        check_imports(config)
+        check_checkpoint(config)
         root = config.trainer.default_root_dir or f"runs/{_short_name(config.model.class_path)}"
         config.trainer.default_root_dir = str(root)
         if config.checkpoint.dirpath is None:
@@ -72,11 +79,22 @@ class RLHFCLI(LightningCLI):
             raise UserError(
                 f"{lines} exists; replace it with --overwrite true, or give another --trainer.default_root_dir"
             )
-        last = Path(config.checkpoint.dirpath, "last.ckpt")
-        if config.get("ckpt_path") == "last" and not last.is_file():
-            raise UserError(f"--ckpt_path last: there is no {last}; leave the flag out to begin a run")
+        resumed = self._checked_checkpoint(config)
         if self.subcommand == "fit":
-            self.run_folder.claim(resuming=config.get("ckpt_path") is not None, overwrite=config.overwrite)
+            self.run_folder.claim(resuming=resumed, overwrite=config.overwrite)
+            self.run_folder.clear_up()
+
+    def _checked_checkpoint(self, config: Any) -> bool:
+        """Whether there is one to go on from; a damaged one is found before anything is built."""
+        if config.get("ckpt_path") is None:
+            return False
+        last = Path(config.checkpoint.dirpath, LAST)
+        if config.ckpt_path == "last" and not last.is_file():
+            raise UserError(f"--ckpt_path last: there is no {last}; leave the flag out to begin a run")
+        path = last if config.ckpt_path == "last" else Path(config.ckpt_path)
+        if path.is_file():
+            check_sound(path)
+        return True
 
     def instantiate_classes(self) -> None:
         with users_mistakes():
@@ -86,35 +104,59 @@ class RLHFCLI(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand != "fit":
             kwargs["logger"] = False
-        elif config.trainer.logger is None:
-            kwargs["logger"] = default_loggers(config.trainer.default_root_dir, config.wandb)
-        self.trainer_defaults["callbacks"] = [ForgetFailedStart(self.run_folder), PredictionLines()]
+        elif config.trainer.logger is not False:
+            kwargs["logger"] = self._loggers(config)
+        self.trainer_defaults["callbacks"] = [ForgetFailedStart(self.run_folder), PredictionLines(), RunState()]
         if config.trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(RunProgress())
+        given = self.config_init[self.subcommand].trainer.plugins or []
+        plugins = given if isinstance(given, list) else [given]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeFiles(self.model)]
         return super().instantiate_trainer(**kwargs)
 
-
-def default_loggers(folder: str, wandb: str) -> list[Logger]:
-    """metrics.csv in the run's folder, and W&B: offline unless asked otherwise."""
-    loggers: list[Logger] = [RunMetrics(folder)]
-    if wandb != "disabled":
-        os.environ.setdefault("WANDB_SILENT", "true")
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        name = "/".join(Path(folder).parts[-2:])
-        loggers.append(WandbLogger(name=name, save_dir=folder, offline=wandb == "offline", project="rlhf_lightning"))
-    return loggers
+    def _loggers(self, config: Any) -> list[Logger]:
+        """metrics.csv in the run's folder, and the loggers that were given, else W&B: offline unless asked otherwise."""
+        folder = config.trainer.default_root_dir
+        given = self.config_init[self.subcommand].trainer.logger
+        if given in (None, True):
+            given = [] if config.wandb == "disabled" else [wandb_logger(folder, online=config.wandb == "online")]
+        return run_loggers(RunMetrics(folder), given if isinstance(given, list) else [given])
 
 
-def run_trainer(args: list[str]) -> RLHFCLI:
+class BuildOnly(RLHFCLI):
+    """Makes what the configuration describes, and runs nothing."""
+
+    built: Any
+
+    def before_instantiate_classes(self) -> None:
+        check_imports(self.config[self.subcommand])
+
+    def instantiate_classes(self) -> None:
+        with users_mistakes():
+            self.built = self.parser.instantiate_classes(self.config)[self.subcommand]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def build_fit(args: list[str]) -> tuple[Any, Any]:
+    """The configuration of a ``fit`` with these arguments, and the objects that it describes: model, data, callbacks."""
+    cli: Any = run_trainer(["fit", *args], BuildOnly)
+    return cli.config.fit, cli.built
+
+
+def run_trainer(args: list[str], kind: type[RLHFCLI] = RLHFCLI) -> RLHFCLI:
     """Parse and run one of Lightning's commands.
 
     Args:
         args: As on the command line, the command first.
+        kind: What runs it.
 
     Raises:
         UserError: For what the user can put right.
     """
-    return RLHFCLI(
+    return kind(
         pl.LightningModule,
         pl.LightningDataModule,
         subclass_mode_model=True,
@@ -140,6 +182,7 @@ def run_command(name: str, args: list[str]) -> None:
     parser.add_argument("-c", "--config", action="config", help="Path to a configuration file.")
     parser.add_function_arguments(function_, fail_untyped=True, sub_configs=True)
     parsed = parser.parse_args(args)
+    check_imports(parsed)
     with users_mistakes():
         init = parser.instantiate_classes(parsed)
     init.pop("config", None)
@@ -151,24 +194,43 @@ def main(args: list[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     be_quiet()
     try:
+        args = take_imports(args)
         if args and args[0] in COMMANDS:
             run_command(args[0], args[1:])
         elif args and args[0] in TRAINER_COMMANDS:
             run_trainer(args)
+        elif args and args[0] in FIT_COMMANDS:
+            FIT_COMMANDS[args[0]](args[1:], build_fit)
         else:
             _usage(args)
+    except RunStopped as stop:
+        _say_how_to_go_on(str(stop), args)
     except (UserError, MisconfigurationException) as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        print(f"error: {harmless(one_line(str(error)))}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@rank_zero_only
+def _say_how_to_go_on(stopped: str, args: list[str]) -> None:
+    imports = [part for name in POLICY.given for part in (FLAG, name)]
+    last = ["--ckpt_path", "last"] if args[0] in TRAINER_COMMANDS else []
+    command = ["python", "-m", "rlhf_lightning", *without_option(args, "--ckpt_path"), *imports, *last]
+    print(f"{stopped}; go on with: {shlex.join(command)}")
+
+
+def without_option(args: list[str], name: str) -> list[str]:
+    """A command line without an option and its value, written with a blank or with an equals sign."""
+    pairs = zip(["", *args], args, strict=False)
+    return [word for before, word in pairs if name not in (before, word) and not word.startswith(f"{name}=")]
 
 
 def _usage(args: list[str]) -> None:
     print("usage: python -m rlhf_lightning COMMAND [-c CONFIG ...] [--KEY VALUE ...]\n")
     for name in TRAINER_COMMANDS:
-        print(f"  {name:<10} {(getattr(pl.Trainer, name).__doc__ or '').strip().splitlines()[0]}")
-    for name, function_ in COMMANDS.items():
-        print(f"  {name:<10} {(function_.__doc__ or '').strip().splitlines()[0]}")
-    print("\nCOMMAND --help lists its keys.")
+        print(f"  {name:<12} {(getattr(pl.Trainer, name).__doc__ or '').strip().splitlines()[0]}")
+    for name, function_ in (COMMANDS | FIT_COMMANDS).items():
+        print(f"  {name:<12} {(function_.__doc__ or '').strip().splitlines()[0]}")
+    print("\nCOMMAND --help lists its keys. --import MODULE (or FILE.py), here alone, lets a config use what is in it.")
     if args not in ([], ["-h"], ["--help"]):
         raise UserError(f"{args[0]!r} is not a command")
 

@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, at whatever depth it is found."""
+"""The one exception that a user's mistake raises, at whatever depth it is found, and text that is safe to show."""
 
 from pathlib import Path
 
@@ -7,8 +7,31 @@ class UserError(Exception):
     """Something that the person at the keyboard can put right: a file, a row, a key, a folder.
 
     The message is one line that names the thing and says what to do. Commands print it without a traceback and exit
-    with code 2.
+    with code 2. Whatever it quotes can't command the terminal.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(harmless(message).replace("\n", r"\n"))  # what is quoted may hold lines
+
+
+class RunStopped(Exception):
+    """A run that was asked to end, and that has saved where it stands."""
+
+
+def harmless(text: str) -> str:
+    """Text to be shown: what is not printable, newlines and tabs apart, is shown as its code.
+
+    That is every terminal escape and control character, what reverses the direction of text or hides in it, and halves of
+    surrogate pairs, which no file can hold.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else code(c) for c in text)
+
+
+def code(character: str) -> str:
+    """A character as Python would write it."""
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def missing_model(path: str) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.export import export_folder
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import is_sharded, whole_state_dict
@@ -20,7 +21,15 @@ class ExportAtEnd(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        export_module(pl_module, self.folder or Path(trainer.default_root_dir, "export"), trainer.is_global_zero)
+        run = trainer.default_root_dir
+        try:
+            export_module(pl_module, self.folder or Path(run, "export"), trainer.is_global_zero)
+        except UserError as error:
+            where = f" --output {self.folder}" if self.folder else ""
+            raise UserError(
+                f"{error}; training is done and kept in its checkpoint, make room and run: python -m rlhf_lightning export "
+                f"--run {run}{where}"
+            ) from error
         trainer.strategy.barrier("export")
 
 

@@ -9,6 +9,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 
+def json_line(row: dict[str, Any]) -> str:
+    """A row as JSON that any reader splits into the same lines and any terminal shows: what is not printable is escaped."""
+    text = json.dumps(row, ensure_ascii=False)
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
 class PredictionLines(BasePredictionWriter):
     """Writes prompt, response and score of every prediction to ``predictions.jsonl`` in the run's folder."""
 
@@ -35,9 +41,9 @@ class PredictionLines(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        with self.path(trainer.default_root_dir, trainer.global_rank).open("a") as file:
+        with self.path(trainer.default_root_dir, trainer.global_rank).open("a", encoding="utf-8") as file:
             for sample in prediction:
-                file.write(json.dumps(sample._asdict(), ensure_ascii=False) + "\n")
+                file.write(json_line(sample._asdict()) + "\n")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:

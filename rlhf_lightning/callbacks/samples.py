@@ -4,12 +4,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_lightning.callbacks.loggers import log_samples
+from rlhf_lightning.errors import harmless
+from rlhf_lightning.modules.guard import plain_data
 from rlhf_lightning.modules.showing import Sample
 
 COLUMNS = ["step", "query", "model response", "score"]
@@ -23,6 +25,14 @@ class SampleTable(Callback):
         self.every_n_steps, self.count = every_n_steps, count
         self.rows: list[list[Any]] = []
         self._batch: Any = None
+        self._fields: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows shown so far, and the prompts to show again."""
+        return {"rows": self.rows, "batch": plain_data(self._batch) if self._batch is not None else self._fields}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows, self._fields = state_dict["rows"], state_dict["batch"]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -33,12 +43,14 @@ class SampleTable(Callback):
 
     @torch.no_grad()
     def _show(self, trainer: Trainer, pl_module: Any, batch: Any, step: int) -> None:
+        if self._batch is None and isinstance(self._fields, dict) and hasattr(batch, "_make"):
+            kept = type(batch)(**self._fields)
+            self._batch = pl_module.transfer_batch_to_device(kept, pl_module.device, 0)
         self._batch = self._batch if self._batch is not None else batch  # the same prompts every time
         samples = pl_module.show(self._batch, self.count)
         self.rows += [[step, *sample] for sample in samples]
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_text("completions", columns=COLUMNS, data=self.rows, step=trainer.global_step)
+            log_samples(logger, COLUMNS, self.rows, trainer.global_step)
         self._print(samples, f"{type(pl_module).__name__}, step {step}")
 
     @rank_zero_only
@@ -58,5 +70,5 @@ def sample_panel(samples: list[Sample], title: str) -> Table:
 
 
 def plain(text: str) -> Text:
-    """Text without terminal escapes: control characters other than newlines are shown as their code."""
-    return Text("".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text))
+    """Text without markup and without terminal escapes: what is not printable is shown as its code."""
+    return Text(harmless(text))

@@ -84,7 +84,8 @@ def show_answers(console: Console, speakers: list["Speaker"], said: str) -> None
                 else:
                     texts[i] += piece
             panels = [
-                Panel(plain(text), title=s.path, title_align="left") for s, text in zip(speakers, texts, strict=True)
+                Panel(plain(text), title=plain(s.path), title_align="left")
+                for s, text in zip(speakers, texts, strict=True)
             ]
             live.update(Columns(panels, expand=True, equal=True) if len(panels) > 1 else panels[0])
 

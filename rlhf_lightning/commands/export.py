@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-import torch
-
+from rlhf_lightning.callbacks.checkpoint_file import LAST, read
 from rlhf_lightning.callbacks.export import export_module
 from rlhf_lightning.commands.restore import restored_module
 from rlhf_lightning.commands.run_folder import CONFIG
@@ -22,11 +21,11 @@ def export(run: str, checkpoint: str | None = None, output: str | None = None) -
     folder = Path(run)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{run} holds no {CONFIG}; give the folder of a fit")
-    path = Path(checkpoint) if checkpoint else folder / "checkpoints" / "last.ckpt"
+    path = Path(checkpoint) if checkpoint else folder / "checkpoints" / LAST
     if not path.is_file():
         found = sorted(str(p) for p in (folder / "checkpoints").glob("*.ckpt"))
         raise UserError(
             f"{path} does not exist; {'there are ' + ', '.join(found) if found else 'the run has no checkpoint'}"
         )
-    module = restored_module(folder / CONFIG, torch.load(path, weights_only=True, map_location="cpu"))
+    module = restored_module(folder / CONFIG, read(path))
     print(export_module(module, output or folder / "export"))

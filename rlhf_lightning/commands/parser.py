@@ -4,27 +4,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace, _typehints
 from lightning.pytorch.cli import LightningArgumentParser
 
+from rlhf_lightning.commands.imports import denied
 from rlhf_lightning.errors import UserError
 
 # Lines of jsonargparse's nested messages that tell a user nothing.
 NOISE = ("Given value", "Errors:", "- Expected a <class 'NoneType'>", "Does not validate against any of the Union")
 
 
+def forget_other_class(parser: Any, previous: Any, value: Any) -> None:
+    """Where a config names another class than stood there before, let nothing of the old one's arguments live on.
+
+    jsonargparse keeps those whose names the new class knows too: a config with Adam would silently take over the weight decay
+    of the AdamW that is a module's default, which in Adam is another thing.
+    """
+    if previous and previous.get("init_args") and previous["class_path"] != value["class_path"]:
+        previous["init_args"] = Namespace()
+
+
+_typehints.discard_init_args_on_class_path_change = forget_other_class  # there is no setting for it
+
+
 class CommandParser(ArgumentParser):
     """For the commands beside the Trainer's."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise users_mistake(ex) or UserError(one_line(message)) from ex
+        raise users_mistake(ex) or denied(str(message)) or UserError(one_line(str(message))) from ex
 
 
 class TrainerParser(LightningArgumentParser):
     """For fit, validate, test and predict."""
 
     def error(self, message: Any, ex: Exception | None = None) -> NoReturn:
-        raise users_mistake(ex) or UserError(one_line(message)) from ex
+        raise users_mistake(ex) or denied(str(message)) or UserError(one_line(str(message))) from ex
 
 
 @contextmanager

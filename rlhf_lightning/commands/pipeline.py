@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -13,14 +15,15 @@ from typing import Any
 from rich.console import Console
 
 from rlhf_lightning.commands.handoffs import check_export, check_same_text
+from rlhf_lightning.commands.imports import FLAG, POLICY
 from rlhf_lightning.commands.run_folder import CONFIG
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import RunStopped, UserError, harmless
 from rlhf_lightning.evaluation.evaluation import Evaluation
 from rlhf_lightning.evaluation.report import write_report
 from rlhf_lightning.models.export import replace_file
 
 RECORD = "stages.json"
-console = Console()
+console = Console(markup=False)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,10 @@ def pipeline(
 def _check_plan(stages: list[Stage]) -> None:
     seen: set[str] = set()
     for stage in stages:
+        if not re.fullmatch(r"\w[\w.-]*", stage.name):
+            raise UserError(
+                f"{stage.name!r} can't be a stage's name: it is a folder's too; use letters, digits, _, - and ."
+            )
         for config in stage.config:
             if not Path(config).is_file():
                 raise UserError(f"stage {stage.name}: {config} does not exist")
@@ -107,7 +114,10 @@ def _arguments(stage: Stage, folder: Path, seed: int, seed_keys: list[str], opti
     settings = {"seed_everything": seed, "trainer.default_root_dir": str(folder / stage.name)}
     settings |= dict.fromkeys(seed_keys, seed) | options
     settings |= {key: str(folder / source / "export") for key, source in stage.inputs.items()} | stage.options
-    return arguments + [part for key, value in settings.items() for part in (f"--{key}", json.dumps(value).strip('"'))]
+    arguments += [part for key, value in settings.items() for part in (f"--{key}", json.dumps(value).strip('"'))]
+    if any(part.startswith(FLAG) for part in arguments):
+        raise UserError(f"stage {stage.name}: {FLAG} stands on the command line, never in a file")
+    return arguments
 
 
 def _fingerprint(stage: Stage, arguments: list[str], upstream: list[str]) -> str:
@@ -132,6 +142,7 @@ def _run_stage(
         )
     resume = begun and same and (run / "checkpoints" / "last.ckpt").is_file()
     extra = ["--ckpt_path", "last"] if resume else ["--overwrite", "true"] if begun else []
+    extra += [part for name in POLICY.given for part in (FLAG, name)]
     command = [sys.executable, "-m", "rlhf_lightning", "fit", *arguments, *extra]
     record[stage.name] = {
         "fingerprint": fingerprint,
@@ -139,14 +150,27 @@ def _run_stage(
         "seconds": known.get("seconds", 0.0) if resume else 0.0,
     }
     _write_record(folder, record)
-    console.print(shlex.join(["python", *command[1:]]), style="dim", soft_wrap=True)
+    console.print(harmless(shlex.join(["python", *command[1:]])), style="dim", soft_wrap=True)
     started = time.perf_counter()
-    code = subprocess.run(command, check=False).returncode
+    code = _fit(command)
     record[stage.name]["seconds"] += time.perf_counter() - started
     if code:
         raise UserError(f"stage {stage.name} ended with exit code {code}; put it right and run the same command again")
+    if not (run / "export" / "config.json").is_file():
+        _write_record(folder, record)
+        raise RunStopped(f"stage {stage.name} was stopped before its end")
     record[stage.name]["finished"] = True
     _write_record(folder, record)
+
+
+def _fit(command: list[str]) -> int:
+    """Run a stage to its end, or until we are asked to end: that is handed on, for the stage knows how to save."""
+    stage = subprocess.Popen(command)
+    before = signal.signal(signal.SIGTERM, lambda *_: stage.terminate())
+    try:
+        return stage.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_handoffs(stages: list[Stage], folder: Path) -> None:

@@ -6,6 +6,8 @@ import warnings
 import datasets
 import transformers
 
+from rlhf_lightning.errors import harmless
+
 IGNORED = (
     ".*LightningCLI's args parameter.*",  # argv stays as it is: DDP starts its ranks from it
     ".*sync_dist=True.*",  # what we log has been summed over ranks already
@@ -16,8 +18,16 @@ IGNORED = (
     "IProgress not found.*",
     ".*have no logger configured.*",  # validate, test and predict print
     ".*Found .* in eval mode at the start of training.*",  # metrics
+    ".*Checkpoint directory .* exists and is not empty.*",  # where a run goes on
     ".*custom batch sampler.*for prediction.*",
 )
+
+
+class HarmlessFormatter(logging.Formatter):
+    """A message may quote data, and data must not command the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(super().format(record))
 
 
 def be_quiet(progress_bars: bool = True) -> None:
@@ -26,7 +36,9 @@ def be_quiet(progress_bars: bool = True) -> None:
     Args:
         progress_bars: False also hides the bars of datasets.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(HarmlessFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("rlhf_lightning").setLevel(logging.INFO)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

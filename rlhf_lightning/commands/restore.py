@@ -7,6 +7,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule
 
+from rlhf_lightning.commands.imports import check_imports
 from rlhf_lightning.data.splits import find_tokenizer
 
 
@@ -25,6 +26,7 @@ def restored_module(config: Path, checkpoint: dict[str, Any]) -> Any:
     parser.add_subclass_arguments(LightningModule, "model")
     parser.add_subclass_arguments(LightningDataModule, "data")
     parsed = parser.parse_object({key: described[key] for key in ("model", "data")})
+    check_imports(parsed)
     init = parser.instantiate_classes(parsed)
     module: Any = init.model
     module.tokenizer = find_tokenizer(init.data.tokenizer_path or module.model_path, init.data.source, None)

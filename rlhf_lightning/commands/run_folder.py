@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
+from rlhf_lightning.callbacks.checkpoint_file import remove_leftovers
 from rlhf_lightning.errors import UserError
 
 CONFIG = "config.yaml"
@@ -37,6 +38,14 @@ class RunFolder:
                 f"{self.path} holds another run; go on with it (--ckpt_path last), replace it (--overwrite true), or give "
                 "another folder (--trainer.default_root_dir)"
             )
+
+    def clear_up(self) -> None:
+        """Delete what a killed run was writing when it was killed: files and folders that never got their names."""
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            remove_leftovers(self.path)
+            remove_leftovers(self.path / "checkpoints")
+            for folder in self.path.glob(".export.*"):
+                shutil.rmtree(folder)
 
     def abandon(self) -> None:
         """Remove what a run left that never began to train, if the folder is its own."""

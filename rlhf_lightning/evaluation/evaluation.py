@@ -30,7 +30,7 @@ from rlhf_lightning.rewards.reward import Reward, Samples, checked_scores
 from rlhf_lightning.rewards.reward_model import RewardModelReward
 from rlhf_lightning.worlds import HHHWorld
 
-console = Console()
+console = Console(markup=False)
 
 
 class Evaluation(ABC):

@@ -15,9 +15,12 @@ from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from rlhf_lightning import __version__
+from rlhf_lightning.errors import harmless
 from rlhf_lightning.models.export import replace_file
 
 # What is drawn of each stage's metrics.csv, if it is there: title, and columns of the same unit.
@@ -59,12 +62,26 @@ def write_report(report: dict[str, Any], folder: Path, stages: list[str]) -> Pat
     }
     replace_file(folder / "report.json", json.dumps(report, indent=2, allow_nan=False))
     curves = {stage: stage_curves(folder / stage / "metrics.csv") for stage in stages}
-    environment = Environment(loader=PackageLoader("rlhf_lightning.evaluation", "."), autoescape=True)
-    page = environment.get_template("report.html").render(report=report, curves=curves, where=where_columns(report))
+    page = render(report, curves)
     (folder / "report").mkdir(exist_ok=True)
     replace_file(folder / "report" / "index.html", page)
     print_table(report)
     return folder / "report" / "index.html"
+
+
+def render(report: dict[str, Any], curves: dict[str, list[Markup]]) -> str:
+    """The page; text is escaped, and what is not printable in it is shown as its code.
+
+    Args:
+        report: What was measured.
+        curves: SVGs by stage.
+    """
+    environment = Environment(
+        loader=PackageLoader("rlhf_lightning.evaluation", "."),
+        autoescape=True,
+        finalize=lambda value: harmless(value) if type(value) is str else value,
+    )
+    return environment.get_template("report.html").render(report=report, curves=curves, where=where_columns(report))
 
 
 def where_columns(report: dict[str, Any]) -> list[str]:
@@ -99,8 +116,10 @@ def line_chart(title: str, series: dict[str, tuple[list[int], list[float]]]) -> 
     figure = Figure(figsize=(4.2, 2.6), layout="constrained")
     axes = figure.add_subplot()
     for name, (steps, values) in series.items():
-        axes.plot(steps, values, marker="o" if len(steps) < 5 else None, markersize=3, linewidth=1.4, label=name)
-    axes.set_title(title, fontsize=9)
+        axes.plot(
+            steps, values, marker="o" if len(steps) < 5 else None, markersize=3, linewidth=1.4, label=harmless(name)
+        )
+    axes.set_title(harmless(title), fontsize=9)
     axes.set_xlabel("optimizer step", fontsize=8)
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.25)
@@ -126,7 +145,7 @@ def print_table(report: dict[str, Any]) -> None:
         compared = report["comparisons"].get(name, {}).get("held_out/sampled", {})
         held_out = parts["held_out/sampled"]
         table.add_row(
-            name,
+            Text(harmless(name)),
             interval(held_out.get("gold") or held_out.get("score")),
             *(mean(parts.get(where, {}).get("gold")) for where in ("held_out/greedy", "ood/sampled")),
             f"{compared['gap_closed']:.0%}" if "gap_closed" in compared else "",
@@ -139,8 +158,9 @@ def print_table(report: dict[str, Any]) -> None:
     for check in report.get("thresholds", []):
         mark = "[green]ok  [/]" if check["met"] else "[red]miss[/]"
         bounds = " and ".join(f"{s} {check[k]:g}" for k, s in (("low", "at least"), ("high", "at most")) if k in check)
-        console.print(f"{mark} {check['name']}: {check['value']:.3f} ({bounds})")
-    console.print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items()))
+        console.print(f"{mark} {escape(harmless(check['name']))}: {check['value']:.3f} ({bounds})")
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items())
+    console.print(Text(harmless(f"seconds: {seconds}")))
 
 
 def mean(value: dict[str, float] | None) -> str:

@@ -4,9 +4,13 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_lightning.errors import UserError
 
 
 def export_folder(
@@ -27,8 +31,19 @@ def export_folder(
 
     Returns:
         ``folder``.
+
+    Raises:
+        UserError: If the disk is full, or the place can't be written to. What was there is there still.
     """
     folder = Path(folder)
+    with Writing(folder):
+        _export(network, tokenizer, folder, weights)
+    return folder
+
+
+def _export(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Any] | None
+) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -42,7 +57,21 @@ def export_folder(
         _replace_folder(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+
+
+class Writing:
+    """What a disk refuses, as one line. OSError is not all: the writers of weights and tokenizers are no Python."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __enter__(self) -> None:
+        """Nothing: only what is raised is of interest."""
+
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        if isinstance(error, OSError | SafetensorError) or (error is not None and "os error" in str(error)):
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise UserError(f"{self.place} can't be written ({reason}); what was there before is unchanged") from error
 
 
 def _replace_folder(new: Path, folder: Path) -> None:
@@ -51,7 +80,12 @@ def _replace_folder(new: Path, folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(folder, aside)
-    os.replace(new, folder)
+    try:
+        os.replace(new, folder)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, folder)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -75,5 +109,5 @@ def eos_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
 def replace_file(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text)
+    scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)

@@ -32,11 +32,13 @@ def load_causal_lm(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> PreTr
         The model, in ``spec.dtype``, on the CPU.
 
     Raises:
-        UserError: If the folder is missing, holds no such model, or its vocabulary is too small for the tokenizer.
+        UserError: If the folder is missing, holds no such model, or not all of its weights.
     """
-    model = (
-        _from_path(AutoModelForCausalLM, spec)[0] if spec.path else _from_scratch(AutoModelForCausalLM, spec, tokenizer)
-    )
+    if spec.path is None:
+        model = _from_scratch(AutoModelForCausalLM, spec, tokenizer)
+    else:
+        model, missing = _from_path(AutoModelForCausalLM, spec)
+        _refuse_missing(spec.path, missing)
     return _fit_to_tokenizer(model, tokenizer, spec)
 
 
@@ -62,6 +64,7 @@ def load_scalar_model(
         missing = [name for name, _ in scalar_head(model).named_parameters()]
     else:
         model, missing = _from_path(AutoModelForSequenceClassification, spec, num_labels=1)
+        _refuse_missing(spec.path, [name for name in missing if not name.startswith("score.")])
     if missing and not new_head:
         raise UserError(
             f"{spec.path or 'a network from scratch'} holds no trained scalar head ({', '.join(missing)} missing): it is not a"
@@ -115,8 +118,22 @@ def _from_path(auto: Any, spec: ModelSpec, **kwargs: Any) -> tuple[PreTrainedMod
     except (OSError, ValueError) as error:
         if not Path(path).exists():
             raise UserError(missing_model(path)) from error
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{path} brings code of its own, which is not run; if you have read it, set trust_remote_code: true for this "
+                f"model and add --import {path} to the command line"
+            ) from error
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     return model, sorted(info["missing_keys"])
+
+
+def _refuse_missing(path: str, names: list[str]) -> None:
+    """Transformers draws weights that it does not find at random, and says so in a log line only."""
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise UserError(
+            f"{path} has no weights for {', '.join(names[:3])}{more}: give a folder that holds the whole model"
+        )
 
 
 def _from_scratch(auto: Any, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
 from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.modules.guard import StepGuard
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled
@@ -57,7 +58,7 @@ class DPOModule(LightningModule):
         self.model_path = policy.path
         self.policy: PolicyNetwork | None = None
         self.train_means, self.eval_means = Means(NAMES, totals=["num_tokens"]), Means(NAMES, totals=["num_tokens"])
-        self.num_tokens = 0
+        self.guard = StepGuard()
 
     def configure_model(self) -> None:
         """Load the policy and its reference, once."""
@@ -86,7 +87,7 @@ class DPOModule(LightningModule):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         loss, counted = self._loss(batch)
         self.train_means.update(counted)
-        return loss / batch.normalizer
+        return self.guard.saw(batch, loss / batch.normalizer)
 
     def _loss(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor | int]]]:
         """Summed loss, and what it and the diagnostics are means of."""
@@ -141,17 +142,7 @@ class DPOModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         log_evaluation(self, self.eval_means)
 
-    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        log_evaluation(self, self.eval_means)
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
         return scheduled(self.optimizer_factory(self.parameters()), self.schedule, self.trainer)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["num_tokens"] = self.num_tokens
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.num_tokens = checkpoint["num_tokens"]

@@ -12,24 +12,36 @@ from torchmetrics import Metric
 
 from rlhf_lightning.modules.optimization import gradient_norm
 
+STATES = ("sums", "counts", "peaks")
+
 
 class Means(Metric):
     """Many named means at once, each the sum of what was counted over how much was counted, over every rank.
 
-    One metric rather than one a name, so that ranks exchange one small tensor.
+    Beside them totals, and the least or greatest of what was given. One metric rather than one a name, so that ranks
+    exchange three small tensors.
     """
 
     full_state_update = False
     sums: Tensor
     counts: Tensor
+    peaks: Tensor
 
-    def __init__(self, names: Sequence[str], totals: Sequence[str] = ()) -> None:
-        """Args: the names of means and of plain totals, fixed from the start."""
+    def __init__(
+        self,
+        names: Sequence[str],
+        totals: Sequence[str] = (),
+        lowest: Sequence[str] = (),
+        highest: Sequence[str] = (),
+    ) -> None:
+        """Args: the names of means and of plain totals, fixed from the start; which of the means are extremes instead."""
         super().__init__()
         self.names, self.totals = [*names, *totals], set(totals)
+        self.signs = dict.fromkeys(lowest, -1.0) | dict.fromkeys(highest, 1.0)
+        self.passed = dict.fromkeys(totals, 0)
         for state in ("sums", "counts"):
-            # Persistent: a checkpoint between two logged steps keeps what was counted since the first.
-            self.add_state(state, torch.zeros(len(self.names)), dist_reduce_fx="sum", persistent=True)
+            self.add_state(state, torch.zeros(len(self.names)), dist_reduce_fx="sum")
+        self.add_state("peaks", torch.full((len(self.names),), -torch.inf), dist_reduce_fx="max")
 
     def update(self, values: dict[str, tuple[Tensor, Tensor | int]]) -> None:
         """Add sums and counts.
@@ -41,31 +53,57 @@ class Means(Metric):
             index = self.names.index(name)
             self.sums[index] += total.detach()
             self.counts[index] += count
+            if name in self.signs:
+                self.peaks[index] = torch.maximum(self.peaks[index], self.signs[name] * total.detach())
 
     def compute(self) -> dict[str, Tensor]:
-        """The means (or totals) of those names of which something was counted."""
-        seen = self.counts > 0
-        means = self.sums / self.counts
-        return {name: self.sums[i] if name in self.totals else means[i] for i, name in enumerate(self.names) if seen[i]}
+        """The means (or totals, or extremes) of those names of which something was counted."""
+        values = dict(zip(self.names, self.sums / self.counts, strict=True))
+        for index, name in enumerate(self.names):
+            if name in self.totals:
+                values[name] = self.sums[index]
+            if name in self.signs:
+                values[name] = self.signs[name] * self.peaks[index]
+        return {name: value for name, value in values.items() if self.counts[self.names.index(name)] > 0}
+
+    def drain(self) -> dict[str, Any]:
+        """The values as they stand; counting begins anew, while totals go on from one call to the next."""
+        values: dict[str, Any] = self.compute()
+        self.reset()
+        for name in self.totals & values.keys():
+            self.passed[name] += int(values[name])
+            values[name] = self.passed[name]
+        return values
+
+    def own_state(self) -> dict[str, Any]:
+        """What this rank has counted, for a checkpoint: a state dict would hold that of rank 0 alone."""
+        return {name: getattr(self, name).detach().cpu().clone() for name in STATES} | {"passed": dict(self.passed)}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Go on counting from there."""
+        for name in STATES:
+            getattr(self, name).copy_(state[name])
+        self.passed = dict(state["passed"])
 
 
 def log_step(module: Any, optimizer: Optimizer, progress: Sequence[str]) -> None:
-    """Every ``log_every_n_steps`` optimizer steps, log the means since the last time; for ``on_before_optimizer_step``.
+    """Hold the step against the guard, and every ``log_every_n_steps`` steps log the means since the last time.
+
+    For ``on_before_optimizer_step``.
 
     Args:
-        module: Has ``train_means`` with a total ``num_tokens``, and ``num_tokens``, the running total.
+        module: Has a ``guard`` and ``train_means``.
         optimizer: Whose gradients stand.
         progress: Names to show in the progress bar.
     """
+    norm = gradient_norm(module)
+    module.guard.check(module, norm)
     if (module.global_step + 1) % module.trainer.log_every_n_steps:
         return
-    values = module.train_means.compute()
-    module.train_means.reset()
-    module.num_tokens += int(values["num_tokens"])
+    values = module.train_means.drain()
     values |= {
-        "num_tokens": module.num_tokens,
         "learning_rate": optimizer.param_groups[0]["lr"],
-        "grad_norm": gradient_norm(module),
+        "grad_norm": norm,
         "epoch": module.current_epoch,
     }
     log_training(module, values, progress)

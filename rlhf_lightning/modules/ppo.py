@@ -1,7 +1,7 @@
 """Proximal policy optimisation from a reward: the third stage of classic RLHF."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,11 +23,14 @@ from rlhf_lightning.models.policy import PolicyNetwork
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import gathered, wake
 from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.modules.guard import StepGuard
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_training
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, whole
+from rlhf_lightning.modules.ranks import of_this_rank, over_ranks
 from rlhf_lightning.modules.rollout_metrics import EVALUATION, UPDATE, evaluation_counts, rollout_means
 from rlhf_lightning.modules.showing import Sample, as_samples
+from rlhf_lightning.rewards.failures import GuardedReward, IterationSkipped, RewardFailures
 from rlhf_lightning.rewards.reward import Reward, checked_scores
 from rlhf_lightning.rollouts.advantages import GAE, AdvantageEstimator
 from rlhf_lightning.rollouts.buffer import Rollout
@@ -46,6 +49,7 @@ class PPOUpdate:
         target_kl: Stop the passes once the mean k2 between the policy and the one that sampled exceeds this; None never.
         critic_lr: Learning rate of the critic; None for that of the policy.
         max_grad_norm: Gradients of policy and critic together are clipped to this norm.
+        reward_failures: What becomes of a rollout that could not be scored.
     """
 
     epochs: int = 4
@@ -54,6 +58,7 @@ class PPOUpdate:
     target_kl: float | None = None
     critic_lr: float | None = None
     max_grad_norm: float = 1.0
+    reward_failures: RewardFailures = field(default_factory=RewardFailures)
 
     def __post_init__(self) -> None:
         """Refuse an update that would not happen."""
@@ -104,6 +109,7 @@ class PPOModule(LightningModule):
         self.policy_spec, self.critic_spec, self.reward, self.kl = policy, critic, reward, kl
         self.sampling, self.loss, self.advantages, self.update = sampling, loss, advantages, update
         self.optimizer_factory, self.schedule = optimizer, schedule
+        self.scorer, self.guard = GuardedReward(reward, update.reward_failures, self._all_sum), StepGuard()
         self.engine = TransformersEngine()
         self.model_path = policy.path
         self.actor_critic: ActorCritic | None = None
@@ -140,7 +146,7 @@ class PPOModule(LightningModule):
         assert self.actor_critic is not None
         wake(self.actor_critic, self.device)
         self.reference.to(self.device)
-        self.reward.prepare(self.device)
+        self.scorer.prepare(self.device)
 
     def on_validation_start(self) -> None:
         if not self.trainer.training and not self.trainer.sanity_checking:
@@ -151,24 +157,32 @@ class PPOModule(LightningModule):
     # ---------------------------------------------------------------- one iteration
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        rollout = self._collect(batch)
+        try:
+            rollout = self._collect(batch)
+        except IterationSkipped:
+            log_training(self, self.scorer.metrics(), progress=())
+            return
         rollout = self.advantages.estimate(rollout, kl_coef=self.kl.coef, all_sum=self._all_sum)
         stopped = self._learn(rollout)
         self._finish(rollout, stopped)
 
     def _collect(self, batch: PromptBatch) -> Rollout:
-        assert self.actor_critic is not None
         responses = self._generate(batch, self.sampling)
-        rollout = score_responses(
+        rollout = self._score(responses, self.scorer.during(self.iteration + 1))
+        self.last_rollout = responses, rollout.scores
+        return rollout
+
+    def _score(self, responses: Responses, reward: Reward) -> Rollout:
+        assert self.actor_critic is not None
+        return score_responses(
             responses,
             self.actor_critic,
             self.reference,
-            self.reward,
+            reward,
             temperature=self.sampling.temperature,
             micro_batch_size=self.update.micro_batch_size,
+            most=self._fewest(self.update.micro_batch_size, len(responses.truncated)),
         )
-        self.last_rollout = responses, rollout.scores
-        return rollout
 
     def _generate(self, batch: PromptBatch, sampling: SamplingParameters) -> Responses:
         assert self.actor_critic is not None
@@ -178,7 +192,8 @@ class PPOModule(LightningModule):
     def _learn(self, rollout: Rollout) -> bool:
         """Epochs of minibatches; True if the KL stopped them early."""
         for _ in range(self.update.epochs):
-            for minibatch in rollout.minibatches(self.update.minibatch_size, self.order):
+            most = self._fewest(self.update.minibatch_size, len(rollout))
+            for minibatch in rollout.minibatches(self.update.minibatch_size, self.order, most):
                 approx_kl = self._step(minibatch)
                 if self.update.target_kl is not None and approx_kl > self.update.target_kl:
                     return True
@@ -190,12 +205,15 @@ class PPOModule(LightningModule):
         optimizer.zero_grad()
         tokens = self._all_sum(minibatch.response_mask.sum())
         log_ratio_squares = torch.zeros((), device=self.device)
-        for micro in minibatch.micro_batches(self.update.micro_batch_size):
+        most = self._fewest(self.update.micro_batch_size, len(minibatch))
+        for micro in minibatch.micro_batches(self.update.micro_batch_size, most):
             loss, squares = self._micro_loss(micro)
             # DDP averages gradients over ranks: times the world size makes it a sum, over all ranks' tokens.
-            self.manual_backward(loss * self.trainer.world_size / tokens)
+            self.manual_backward(self.guard.saw(micro, loss * self.trainer.world_size / tokens))
             log_ratio_squares += squares
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.update.max_grad_norm)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        self.guard.check(self, whole(norm))
+        torch.nn.utils.clip_grads_with_norm_(self.parameters(), self.update.max_grad_norm, norm)
         self.update_means.update({"grad_norm": (whole(norm), 1)})
         optimizer.step()
         return float(self._all_sum(log_ratio_squares) / tokens)
@@ -248,7 +266,10 @@ class PPOModule(LightningModule):
             {
                 **means,
                 **updates,
-                "val/explained_variance": explained_variance(rollout.values, rollout.returns, rollout.response_mask),
+                **self.scorer.metrics(),
+                "val/explained_variance": explained_variance(
+                    rollout.values, rollout.returns, rollout.response_mask, all_sum=self._all_sum
+                ),
                 "kl_coef": self.kl.coef,
                 "lr": rates[0],
                 "critic_lr": rates[-1],
@@ -272,31 +293,23 @@ class PPOModule(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Sample]:
         responses = self._generate(batch, self.sampling)
-        return as_samples(responses, checked_scores(self.reward, responses.samples), len(batch.prompts))
+        return as_samples(responses, checked_scores(self.scorer, responses.samples), len(batch.prompts))
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Answer fixed prompts, greedily and sampled from a fixed seed: the training's random numbers are not touched."""
-        assert self.actor_critic is not None
         modes = {"sampled": self.sampling, "greedy": SamplingParameters(self.sampling.max_new_tokens, temperature=0)}
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(batch_idx)
             for mode, sampling in modes.items():
                 responses = self._generate(batch, sampling)
-                scores = checked_scores(self.reward, responses.samples).to(self.device)
-                inputs = responses.input_ids, responses.attention_mask, responses.sequence_mask
-                policy = self.actor_critic(*inputs, temperature=self.sampling.temperature)
-                reference = self.reference(*inputs, temperature=self.sampling.temperature)
-                log_ratio = policy.logprobs - reference.logprobs
-                self.eval_means.update(evaluation_counts(mode, responses, scores, log_ratio))
+                rollout = self._score(responses, self.scorer)
+                log_ratio = rollout.logprobs - rollout.ref_logprobs
+                self.eval_means.update(evaluation_counts(mode, responses, rollout.scores, log_ratio))
 
     def on_validation_epoch_end(self) -> None:
         log_evaluation(self, self.eval_means)
 
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        log_evaluation(self, self.eval_means)
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     # ---------------------------------------------------------------- optimizer and state
 
@@ -315,6 +328,11 @@ class PPOModule(LightningModule):
             limits.append(self.trainer.max_steps // steps)
         return max(int(min(limits)), 1)
 
+    def _fewest(self, size: int, rows: int) -> int:
+        """How many batches of ``size`` the rank with the fewest rows has: all ranks must step equally often, or they hang."""
+        count = torch.tensor(math.ceil(rows / size), device=self.device)
+        return int(self.trainer.strategy.reduce(count, reduce_op="min") if self.trainer.world_size > 1 else count)
+
     def _all_sum(self, x: Tensor) -> Tensor:
         """Sum over ranks."""
         return self.trainer.strategy.reduce(x.clone(), reduce_op="sum") if self.trainer.world_size > 1 else x
@@ -323,11 +341,14 @@ class PPOModule(LightningModule):
         checkpoint["ppo"] = {
             "iteration": self.iteration,
             "episodes": self.episodes,
-            "kl_coef": self.kl.coef,
-            "order": self.order.get_state(),
+            "kl": self.kl.state(),
+            "order": over_ranks(self.trainer, self.order.get_state()),
+            "reward": self.scorer.state(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["ppo"]
-        self.iteration, self.episodes, self.kl.coef = state["iteration"], state["episodes"], state["kl_coef"]
-        self.order.set_state(state["order"])
+        self.iteration, self.episodes = state["iteration"], state["episodes"]
+        self.kl.load_state(state["kl"])
+        self.order.set_state(of_this_rank(self.trainer, state["order"]))
+        self.scorer.load_state(state["reward"])

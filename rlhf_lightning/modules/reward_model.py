@@ -1,5 +1,6 @@
 """Reward modelling: the second stage."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from rlhf_lightning.losses import BradleyTerryLoss, RankingLoss
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.modules.guard import StepGuard
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled
@@ -22,6 +24,11 @@ from rlhf_lightning.modules.showing import Sample
 
 NAMES = ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward")
 MEASURED = 2048  # responses: enough to know the mean to 2 % of the spread
+
+
+def score_means() -> Means:
+    """Least and greatest are over all that was counted; TRL's are means over batches, which depend on the batch size."""
+    return Means(NAMES, totals=["num_tokens"], lowest=["min_reward"], highest=["max_reward"])
 
 
 class RewardModelModule(LightningModule):
@@ -50,8 +57,8 @@ class RewardModelModule(LightningModule):
         self.optimizer_factory, self.schedule = optimizer, schedule
         self.model_path = network.path
         self.network: ScalarModel | None = None
-        self.train_means, self.eval_means = Means(NAMES, totals=["num_tokens"]), Means(NAMES, totals=["num_tokens"])
-        self.num_tokens = 0
+        self.train_means, self.eval_means = score_means(), score_means()
+        self.guard = StepGuard()
         self._eval_differences: list[Tensor] = []
 
     def configure_model(self) -> None:
@@ -72,7 +79,7 @@ class RewardModelModule(LightningModule):
         chosen, rejected = self(batch)
         loss = self.loss.pairs(chosen, rejected, batch.margin)
         self.train_means.update(self._counted(batch, loss, chosen, rejected))
-        return loss.sum() / batch.normalizer
+        return self.guard.saw(batch, loss.sum() / batch.normalizer)
 
     def _counted(
         self, batch: PreferenceBatch, loss: Tensor, chosen: Tensor, rejected: Tensor
@@ -82,7 +89,7 @@ class RewardModelModule(LightningModule):
             "loss": (loss.sum(), pairs),
             "accuracy": (preference_accuracy(chosen, rejected).sum(), pairs),
             "margin": ((chosen - rejected).sum(), pairs),
-            "min_reward": (scores.min(), 1),  # of a batch, as in TRL
+            "min_reward": (scores.min(), 1),
             "mean_reward": (scores.sum(), len(scores)),
             "max_reward": (scores.max(), 1),
             "num_tokens": (batch.attention_mask.sum(), 1),
@@ -139,21 +146,12 @@ class RewardModelModule(LightningModule):
         self._eval_differences.append((chosen - rejected).detach())
 
     def on_validation_epoch_end(self) -> None:
-        calibration = expected_calibration_error(torch.cat(self._eval_differences))
+        all_sum = partial(self.trainer.strategy.reduce, reduce_op="sum")
+        calibration = expected_calibration_error(torch.cat(self._eval_differences), all_sum=all_sum)
         self._eval_differences.clear()
         log_evaluation(self, self.eval_means, calibration_error=calibration)
 
-    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        self.on_validation_epoch_end()
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
         return scheduled(self.optimizer_factory(self.parameters()), self.schedule, self.trainer)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["num_tokens"] = self.num_tokens
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.num_tokens = checkpoint["num_tokens"]

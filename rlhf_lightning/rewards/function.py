@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def _find(where: str) -> Callable[..., Any]:
     if not module_name:
         raise UserError(f"{where!r} names no function; write package.module.name or path/to/file.py:name")
     try:
-        module = _module_from_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+        module = module_from_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UserError(f"{where}: {error}") from error
     function = getattr(module, name, None)
@@ -89,15 +90,41 @@ def _find(where: str) -> Callable[..., Any]:
     return function
 
 
-def _module_from_file(path: str) -> Any:
-    if not Path(path).is_file():
+_LOADED: dict[tuple[Path, bytes], ModuleType] = {}
+
+
+def module_from_file(path: str) -> ModuleType:
+    """A Python file as a module; run once, until its text changes.
+
+    Raises:
+        UserError: If it is not there, or no Python.
+    """
+    file = Path(path).expanduser().resolve()
+    if not file.is_file():
         raise UserError(f"{path} does not exist")
-    # A name of its own: a user's math.py must not become everybody's `math`.
-    name = f"rlhf_lightning_user_{Path(path).stem}_{abs(hash(Path(path).resolve()))}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} can't be imported as Python")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    key = file, file.read_bytes()
+    if key not in _LOADED:
+        name = _free_name(file)
+        spec = importlib.util.spec_from_file_location(name, file)
+        if spec is None or spec.loader is None:
+            raise UserError(f"{path} can't be imported as Python")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except SyntaxError as error:
+            raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
+        _LOADED[key] = module
+    return _LOADED[key]
+
+
+def _free_name(file: Path) -> str:
+    """The file's stem, under which a saved config finds its classes; not where that is another module's name."""
+    known = sys.modules.get(file.stem)
+    if known is None:
+        spec = importlib.util.find_spec(file.stem) if file.stem.isidentifier() else None
+        taken = not file.stem.isidentifier() or (spec is not None and spec.origin != str(file))
+    else:
+        taken = getattr(known, "__file__", None) != str(file)
+    # A user's math.py must not become everybody's `math`.
+    return f"rlhf_lightning_user_{file.stem}_{abs(hash(file))}" if taken else file.stem

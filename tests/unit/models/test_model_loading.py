@@ -85,7 +85,7 @@ def test_an_export_that_fails_leaves_the_old_folder_and_no_other(causal, tokeniz
         raise OSError("no space left on device")
 
     monkeypatch.setattr(tokenizer, "save_pretrained", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match="no space"):
         export_folder(causal, tokenizer, folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert list(tmp_path.iterdir()) == [folder]

@@ -52,6 +52,13 @@ def test_advantages_are_whitened_and_returns_are_not(rollout, gae_lambda):
     assert estimated.returns[~MASK].eq(0).all()
 
 
+def test_advantages_may_be_left_unwhitened(rollout):
+    estimated = GAE(whiten_advantages=False).estimate(rollout, kl_coef=0.3, all_sum=alone)
+    advantages, _ = by_definition(rollout, [1.0, 8.0, -2.0], kl_coef=0.3, gae_lambda=0.95)
+    torch.testing.assert_close(estimated.advantages[MASK], advantages, rtol=1e-5, atol=1e-5)
+    assert estimated.advantages[~MASK].eq(0).all()
+
+
 def test_the_return_of_the_first_token_is_score_minus_penalties(rollout):
     """With lambda 1 the critic drops out: score, less 1.5 where EOS is missing, clipped at 4, less beta KL."""
     estimator = GAE(gae_lambda=1.0, missing_eos_penalty=1.5, score_clip=4.0)

@@ -1,0 +1,167 @@
+"""Loggers that talk to a server must not end a run when the server is gone; ``metrics.csv`` has every row in any case."""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+from rlhf_lightning.errors import UserError, harmless
+
+log = logging.getLogger(__name__)
+
+PAUSE = (
+    60.0  # seconds after a failure in which a server is not asked again: each try may take its client's whole timeout
+)
+# Whose exceptions say that a server did not answer as it should; those of sockets and of requests are OSErrors.
+CLIENTS = ("mlflow", "wandb", "comet_ml", "neptune", "urllib3", "httpx", "grpc")
+
+
+class WandbRun(WandbLogger):
+    """Lightning's W&B logger, which goes on offline where the server can't be reached when the run begins."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run.
+
+        Raises:
+            UserError: If no API key is configured.
+        """
+        from wandb.errors import Error, UsageError  # a second, which other loggers do not need
+
+        try:
+            return WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
+        except UsageError as error:
+            raise UserError(f"W&B: {error}; or keep the metrics here with --wandb offline") from error
+        except Error as error:
+            reason = (str(error).strip().splitlines() or [""])[0]
+        self._offline, self._wandb_init["mode"] = True, "offline"
+        run = WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
+        log.warning(
+            "W&B can't be reached (%s); the run is kept here and can be sent later: wandb sync %s",
+            harmless(reason),
+            run.settings.sync_dir,
+        )
+        return run
+
+
+class Tolerant(Logger):
+    """Hands everything on to a logger. What it raises because of a server is told once, and the run goes on."""
+
+    def __init__(self, inner: Logger) -> None:
+        """Args: the logger that may fail."""
+        super().__init__()
+        self.inner = inner
+        self._failures, self._again = 0, 0.0
+
+    @property
+    def name(self) -> str | None:
+        return self.inner.name
+
+    @property
+    def version(self) -> int | str | None:
+        return self.inner.version
+
+    @property
+    def save_dir(self) -> str | None:
+        return self.inner.save_dir
+
+    @property
+    def root_dir(self) -> str | None:
+        return self.inner.root_dir
+
+    @property
+    def log_dir(self) -> str | None:
+        return self.inner.log_dir
+
+    @property
+    def experiment(self) -> Any:
+        """The inner one's own."""
+        return getattr(self.inner, "experiment", None)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self._tell("log_metrics", metrics, step=step)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self._tell("log_hyperparams", params, *args, **kwargs)
+
+    def log_graph(self, model: Any, input_array: Any = None) -> None:
+        self._tell("log_graph", model, input_array)
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        self._tell("after_save_checkpoint", checkpoint_callback)
+
+    def save(self) -> None:
+        self._tell("save")
+
+    def finalize(self, status: str) -> None:
+        self._again = 0.0  # a last chance to send what is left
+        self._tell("finalize", status)
+        if self._failures:
+            log.warning("%s: %d calls failed or were left out", type(self.inner).__name__, self._failures)
+
+    def log_text(self, *args: Any, **kwargs: Any) -> None:
+        """A table of text, for loggers that have one."""
+        self._tell("log_text", *args, **kwargs)
+
+    def _tell(self, what: str, *args: Any, **kwargs: Any) -> None:
+        if time.monotonic() < self._again:
+            self._failures += 1
+            return
+        with self:
+            call: Callable[..., None] = getattr(self.inner, what)
+            call(*args, **kwargs)
+
+    def __enter__(self) -> None:
+        """Nothing: only what is raised is of interest."""
+
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> bool:
+        if error is None or not servers_fault(error):
+            return False
+        if not self._failures:
+            log.warning(
+                "%s failed (%s: %.200s); training goes on, metrics.csv has every row",
+                type(self.inner).__name__,
+                type(error).__name__,
+                harmless(str(error)),
+            )
+        self._failures += 1
+        self._again = time.monotonic() + PAUSE
+        return True
+
+
+def servers_fault(error: BaseException) -> bool:
+    """Whether an exception means that a server could not be reached or did not do its part."""
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in CLIENTS
+
+
+def run_loggers(local: Logger, given: list[Logger]) -> list[Logger]:
+    """The file in the run's folder first, then whatever else was asked for.
+
+    Args:
+        local: Writes the file; an error of its own, such as a full disk, ends the run.
+        given: The others.
+    """
+    return [local, *(logger if isinstance(logger, CSVLogger) else Tolerant(logger) for logger in given)]
+
+
+def wandb_logger(folder: str, online: bool) -> WandbRun:
+    """A W&B run in a run's folder, named after it."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    name = "/".join(Path(folder).parts[-2:])
+    return WandbRun(name=name, save_dir=folder, offline=not online, project="rlhf_lightning")
+
+
+def log_samples(logger: Logger, columns: list[str], rows: list[list[Any]], step: int) -> None:
+    """Send a table of samples to a logger that has tables."""
+    inner = logger.inner if isinstance(logger, Tolerant) else logger
+    if isinstance(inner, WandbLogger):
+        data = [[harmless(x) if isinstance(x, str) else x for x in row] for row in rows]
+        logger.log_text("completions", columns=columns, data=data, step=step)  # type: ignore[attr-defined]

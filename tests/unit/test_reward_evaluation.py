@@ -1,0 +1,153 @@
+"""RewardEvaluation on policies that can say one thing only: every figure of the report can be worked out by hand."""
+
+import json
+
+import pytest
+import torch
+
+from rlhf_lightning.data.splits import Split
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.evaluation.evaluation import RewardEvaluation, by_task
+from rlhf_lightning.models.export import export_folder
+from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.rewards.function import FunctionReward
+from rlhf_lightning.rewards.reward_model import RewardModelReward
+from rlhf_lightning.worlds import world_tokenizer
+
+WIDTH, SURE, LONGEST = 16, 50.0, 3
+FIELDS = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+SPEC = ModelSpec(architecture={"model_type": "llama", "tie_word_embeddings": False, **FIELDS})
+PROMPTS = ["who owns the kite ?", "who owns the dog ?", "who owns the boat ?"]
+
+
+def emptied(network):
+    """Blocks that add nothing: the last hidden state is the normalised embedding of the last token, of ones everywhere."""
+    with torch.no_grad():
+        network.model.embed_tokens.weight.fill_(1.0)
+        for layer in network.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    return network
+
+
+def parrot(folder, token: int):
+    """A policy that says one token for ever: its logit is 50, all others are 0."""
+    tokenizer = world_tokenizer()
+    network = emptied(load_causal_lm(SPEC, tokenizer))
+    with torch.no_grad():
+        network.lm_head.weight.zero_()
+        network.lm_head.weight[token] = SURE / WIDTH
+    return export_folder(network, tokenizer, folder)
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """A policy that ends at once, one that says "kite" until it is cut off, and a reward model that likes endings.
+
+    The reward model's first weight is 0.5, the others 0. The embedding of EOS points along the first axis, which RMSNorm
+    brings to the length of WIDTH ** 0.5 = 4: a text that ends scores 2, any other 0.5.
+    """
+    folder, tokenizer = tmp_path_factory.mktemp("exports"), world_tokenizer()
+    judge = emptied(load_scalar_model(SPEC, tokenizer, new_head=True))
+    with torch.no_grad():
+        judge.model.embed_tokens.weight[tokenizer.eos_token_id] = torch.eye(WIDTH)[0]
+        judge.score.weight.zero_()
+        judge.score.weight[0, 0] = 0.5
+    return {
+        "sft": parrot(folder / "sft", tokenizer.eos_token_id),
+        "reward": export_folder(judge, tokenizer, folder / "reward"),
+        "ppo": parrot(folder / "ppo", tokenizer.convert_tokens_to_ids("kite")),
+    }
+
+
+@pytest.fixture
+def source(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in [*PROMPTS, "hello ?"]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    from rlhf_lightning.data.sources import FileSource
+
+    return FileSource(str(file), str(held_out))
+
+
+def words(completions):
+    return [float(len(messages[-1]["content"].split())) for messages in completions]
+
+
+def evaluated(source, exports, reward, **more):
+    return RewardEvaluation(source, reward, samples=2, max_new_tokens=LONGEST, **more).run(exports, seed=0)
+
+
+def always(value):
+    return {"mean": value, "low": value, "high": value}
+
+
+def test_lengths_divergence_scores_and_wins_are_those_worked_out_by_hand(source, exports):
+    report = evaluated(source, exports, FunctionReward(words))
+    assert list(report["policies"]) == ["sft", "ppo"]  # the reward model is no policy
+    assert list(report["comparisons"]) == ["ppo"]
+    sft, ppo = (report["policies"][name]["held_out/sampled"] for name in ("sft", "ppo"))
+    assert (sft["score"], sft["length"], sft["truncated"]) == (always(0.0), 1.0, 0.0)
+    assert (ppo["score"], ppo["length"], ppo["truncated"]) == (always(3.0), 3.0, 1.0)
+    assert sft["kl"] == pytest.approx(0, abs=1e-5)
+    assert ppo["kl"] == pytest.approx(LONGEST * SURE, rel=1e-5)  # log 1 - log e^-50, three times
+    assert report["comparisons"]["ppo"]["held_out/sampled"]["win_rate"] == always(1.0)
+
+
+def test_ties_count_one_half(source, exports):
+    report = evaluated(source, exports, FunctionReward(lambda prompts: [1.0] * len(prompts)))
+    assert report["comparisons"]["ppo"]["held_out/sampled"]["win_rate"] == always(0.5)
+
+
+def test_a_reward_that_depends_on_the_prompt_is_matched_with_it(source, exports):
+    """The scores 0, 1, 2 by prompt for "sft", and 1, 1, 1 for "ppo": one win, one tie and one loss."""
+
+    def by_prompt(prompts, completions):
+        rank = {text: float(i) for i, text in enumerate(PROMPTS)}
+        mine = [rank[prompt[-1]["content"]] for prompt in prompts]
+        return [1.0 if c[-1]["content"] else m for c, m in zip(completions, mine, strict=True)]
+
+    report = evaluated(source, exports, FunctionReward(by_prompt))
+    assert report["policies"]["sft"]["held_out/sampled"]["score"]["mean"] == 1.0
+    assert report["comparisons"]["ppo"]["held_out/sampled"]["win_rate"]["mean"] == 0.5
+    assert [row["answers"]["sft"]["score"] for row in report["samples"]] == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["the pipeline's own", "given"])
+def test_a_reward_model_scores_the_ends_that_it_likes(source, exports, given):
+    reward = RewardModelReward(str(exports["reward"])) if given else None
+    report = evaluated(source, exports, reward)
+    sft, ppo = (report["policies"][name]["held_out/sampled"]["score"]["mean"] for name in ("sft", "ppo"))
+    assert sft == pytest.approx(2.0, rel=1e-4)
+    assert ppo == pytest.approx(0.5, rel=1e-4)  # cut off: shown to the reward model without an end
+    assert report["comparisons"]["ppo"]["held_out/sampled"]["win_rate"] == always(0.0)
+
+
+def test_samples_hold_prompt_answer_and_score_side_by_side(source, exports):
+    report = evaluated(source, exports, FunctionReward(words))
+    assert [row["prompt"] for row in report["samples"]] == PROMPTS
+    expected = {"sft": {"text": "", "score": 0.0}, "ppo": {"text": "kite kite kite", "score": 3.0}}
+    assert all(row["answers"] == expected for row in report["samples"])
+
+
+def test_only_so_many_held_out_prompts_are_asked(source, exports):
+    report = evaluated(source, exports, FunctionReward(words), prompts=2, split=Split(validation=0))
+    assert [row["prompt"] for row in report["samples"]] == PROMPTS[:2]
+
+
+def test_no_reward_at_all_is_an_error(source, exports):
+    with pytest.raises(UserError, match="no reward"):
+        evaluated(source, {name: exports[name] for name in ("sft", "ppo")}, None)
+
+
+def test_a_reward_that_fails_is_an_error_and_no_zero(source, exports):
+    with pytest.raises(UserError, match="nan"):
+        evaluated(source, exports, FunctionReward(lambda prompts: [float("nan")] * len(prompts)))
+
+
+def test_folders_are_told_apart_by_what_they_hold(exports):
+    policies, reward_models = by_task(exports)
+    assert (list(policies), list(reward_models)) == (["sft", "ppo"], ["reward"])
