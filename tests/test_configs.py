@@ -11,11 +11,11 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
-from rlhf_lightning.cli import RLHFCLI, main, run_trainer
+from rlhf_lightning.cli import FIT_COMMANDS, RLHFCLI, main, run_trainer
 from rlhf_lightning.data.module import RowsDataModule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-LAUNCH = re.compile(r"^# python -m rlhf_lightning (\w+) (.*)$", re.MULTILINE)
+LAUNCH = re.compile(r"^# python -m rlhf_lightning ([\w-]+) (.*)$", re.MULTILINE)
 
 
 def header(file):
@@ -25,9 +25,9 @@ def header(file):
 
 
 def is_of_fit(file):
-    """Files of other commands have parsers of their own, and tests beside those."""
+    """Files of other commands have parsers of their own, and tests beside those; some commands take the files of fit."""
     launch = LAUNCH.search(header(file))
-    return launch is None or launch[1] == "fit"
+    return launch is None or launch[1] in ("fit", *FIT_COMMANDS)
 
 
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -73,8 +73,8 @@ def printed(cli, config):
 
 def given(values, prefix=()):
     """Each value that a file gives, by where it stands."""
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if value and (isinstance(value, dict) or (isinstance(value, list) and isinstance(value[0], dict))):
             yield from given(value, (*prefix, key))
         else:
             yield (*prefix, key), value
@@ -177,3 +177,26 @@ def test_an_unknown_key_ends_with_exit_code_2(key, capsys):
         main(["fit", *config_flags([SFT]), key, "1"])
     assert exit_.value.code == 2
     assert key.rsplit(".", 1)[-1].lstrip("-") in capsys.readouterr().err
+
+
+def test_another_class_inherits_nothing_from_the_one_before(cli, tmp_path):
+    """Adam with the weight decay of the default AdamW, as L2: the policy's weights went to zero without a word."""
+    flags = ["--model.init_args.optimizer", "torch.optim.Adam", "--model.init_args.optimizer.init_args.lr", "0.5"]
+    config = cli.parser.parse_args(["fit", *config_flags([SFT]), *flags])
+    found = printed(cli, config)["model"]["init_args"]["optimizer"]["init_args"]
+    assert (found["lr"], found["weight_decay"], found["eps"]) == (0.5, 0.0, 1e-8)
+
+    dpo = CONFIGS / "ground_truth" / "dpo.yaml"  # the file's Adam, where the module's default is AdamW
+    assert printed(cli, parse(cli, dpo))["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0.0
+
+    overlay = tmp_path / "sgd.yaml"
+    overlay.write_text("model: {init_args: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}}}")
+    found = printed(cli, parse(cli, SFT, overlay))["model"]["init_args"]["optimizer"]["init_args"]
+    assert (found["lr"], found["weight_decay"]) == (0.1, 0)
+
+
+def test_the_same_class_keeps_what_a_later_file_does_not_name(cli):
+    before = printed(cli, parse(cli, SFT))["model"]["init_args"]["optimizer"]["init_args"]
+    flags = ["--model.init_args.optimizer.init_args.lr", "0.25"]
+    config = cli.parser.parse_args(["fit", *config_flags([SFT]), *flags])
+    assert printed(cli, config)["model"]["init_args"]["optimizer"]["init_args"] == before | {"lr": 0.25}

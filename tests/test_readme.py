@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_lightning.cli import COMMANDS, TRAINER_COMMANDS, main
+from rlhf_lightning.cli import COMMANDS, FIT_COMMANDS, TRAINER_COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -31,7 +31,7 @@ def test_its_make_targets_exist():
 
 def test_its_commands_are_ours():
     assert len(OURS) >= 10
-    assert {shlex.split(line)[3] for line in OURS} <= {*COMMANDS, *TRAINER_COMMANDS}
+    assert {shlex.split(line)[3] for line in OURS} <= {*COMMANDS, *FIT_COMMANDS, *TRAINER_COMMANDS}
 
 
 @pytest.mark.parametrize("line", TRAINING)

@@ -34,8 +34,8 @@ def figures(name: str) -> dict[str, Any]:
     return ast.literal_eval(last.outputs[-1]["data"]["text/plain"])
 
 
-def test_there_are_three():
-    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03"]
+def test_there_are_four():
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -71,3 +71,13 @@ def test_ppo_against_dpo():
     for method in ("dpo", "ppo"):
         assert found[method]["gain"]["low"] > 0, method
         assert 0.3 < found[method]["KL, nats"] < 10, method
+
+
+@pytest.mark.slow
+def test_ground_truth():
+    found = figures("04_ground_truth.ipynb")
+    for method, most in (("PPO", 2e-2), ("DPO", 5e-2)):
+        assert found[method]["KL to the optimum"] < most, method
+        assert found[method]["gradient error"] < 1e-5, method
+        assert found[method]["most above the frontier"] < 1e-3, method
+    assert found["k3 in the reward"]["gradient error"] > 1e-2

@@ -1,0 +1,30 @@
+"""Whether two runs showed the same."""
+
+import math
+
+import torch
+
+from tests.invariance.subjects import Trace
+
+ALMOST_ZERO = (
+    1e-6  # float32's rounding of metrics that are differences of numbers near 1, such as the explained variance
+)
+
+
+def assert_same(got: Trace, expected: Trace, rtol: float) -> None:
+    """Metrics one by one to 1e-5; tensors relative to their largest entry, for single entries are sums that cancel.
+
+    A tensor that is a hundred times smaller than the largest of its step is a sum that cancelled as a whole.
+    """
+    assert len(got.logged) == len(expected.logged)
+    for own, other in zip(got.logged, expected.logged, strict=True):
+        assert own.keys() == other.keys()
+        same = {k: math.isclose(own[k], other[k], rel_tol=1e-5, abs_tol=ALMOST_ZERO) for k in own}
+        assert {k: (own[k], other[k]) for k in own if not same[k]} == {}
+    assert len(got.gradients) == len(expected.gradients)
+    for own, other in zip([*got.gradients, got.weights], [*expected.gradients, expected.weights], strict=True):
+        assert own.keys() == other.keys()
+        largest = max(float(value.abs().max()) for value in other.values())
+        for name, value in other.items():
+            atol = rtol * max(float(value.abs().max()), largest / 100)
+            torch.testing.assert_close(own[name], value, rtol=0, atol=atol, msg=f"{name}: {own[name]} is not {value}")

@@ -1,0 +1,345 @@
+"""The one list of what is held against every re-arrangement, and how each is run: its own module under a real Trainer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from datasets import Dataset
+from lightning.pytorch.loggers import Logger
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_lightning.data.chat import ensure_chat_template
+from rlhf_lightning.data.collate import PlannedRows, PreferenceCollator, PromptCollator, SequenceCollator, pad_right
+from rlhf_lightning.data.sampler import BucketBatchSampler
+from rlhf_lightning.generation.engine import GenerationEngine, SamplingParameters
+from rlhf_lightning.losses import BradleyTerryLoss, DPOLoss, IPOLoss, PPOLoss
+from rlhf_lightning.models.export import export_folder
+from rlhf_lightning.models.loading import load_scalar_model
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.modules import DPOModule, PPOModule, RewardModelModule, SFTModule
+from rlhf_lightning.modules.optimization import Schedule
+from rlhf_lightning.modules.ppo import PPOUpdate
+from rlhf_lightning.rewards.function import FunctionReward
+from rlhf_lightning.rollouts.buffer import Rollout
+from rlhf_lightning.rollouts.collect import Responses
+from rlhf_lightning.rollouts.kl_control import AdaptiveKL
+from tests.invariance.rearrangements import (
+    EOS,
+    PAD,
+    ROWS,
+    STEP,
+    VOCABULARY,
+    Arrangement,
+    filling,
+    lay_out,
+    lay_out_prompts,
+)
+
+HIDDEN = 16
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "absolute": {"model_type": "gpt2", "n_embd": HIDDEN, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "rotary": {
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
+}
+
+
+@lru_cache(maxsize=1)
+def tokenizer() -> PreTrainedTokenizerFast:
+    """<pad> 0, <bos> 1, <eos> 2, <unk> 3, then a to h."""
+    names = ["<pad>", "<bos>", "<eos>", "<unk>", *"abcdefgh"]
+    backend = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {name: f"<{name.split('_')[0]}>" for name in ("pad_token", "bos_token", "eos_token", "unk_token")}
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    ensure_chat_template(made)
+    return made
+
+
+def widened(network: nn.Module, seed: int) -> None:
+    """Weights so large that every position and every token matters."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        if parameter.dim() > 1:
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+# ---------------------------------------------------------------- rows of uneven length
+
+
+def texts(seed: int, shortest: int, longest: int, last: int | None = None) -> list[list[int]]:
+    """Token ids of uneven length; PAD and EOS stand among them as tokens like any other."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(shortest, longest + 1, (ROWS,), generator=generator)
+    rows = [torch.randint(VOCABULARY, (int(n),), generator=generator).tolist() for n in lengths]
+    return rows if last is None else [[*row, last] for row in rows]
+
+
+PROMPTS = [[4 + row % 8, 4 + row // 8, *more] for row, more in enumerate(texts(1, 0, 4))]  # no two alike
+CHOSEN, REJECTED = texts(2, 0, 5, EOS), texts(3, 1, 7, EOS)
+LONGEST = 8  # new tokens
+# EOS ends a response, so none inside; every third goes on to the longest without one.
+ANSWERS = [
+    [t for t in row if t != EOS][:LONGEST] if i % 3 == 0 else [*(t for t in row[: 1 + i % 6] if t != EOS), EOS]
+    for i, row in enumerate(texts(4, 20, 20))
+]
+MARGINS = [0.5 * (row % 4) for row in range(ROWS)]
+
+DEMONSTRATIONS = {
+    "input_ids": [p + c for p, c in zip(PROMPTS, CHOSEN, strict=True)],
+    "response_mask": [[0] * len(p) + [1] * len(c) for p, c in zip(PROMPTS, CHOSEN, strict=True)],
+}
+PREFERENCES = {"prompt_ids": PROMPTS, "chosen_ids": CHOSEN, "rejected_ids": REJECTED, "margin": MARGINS}
+PROMPT_ROWS = {"prompt_ids": PROMPTS, "prompt": [str(row) for row in range(ROWS)], "number": list(range(ROWS))}
+
+
+class Answers(GenerationEngine):
+    """Answers every prompt with what belongs to it, so that ranks and orders see the same responses."""
+
+    known: ClassVar = {tuple(prompt): answer for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)}
+
+    def generate(self, network, input_ids, attention_mask, sampling, *, eos_ids, pad_id):
+        answers = [self.known[tuple(row[real].tolist())] for row, real in zip(input_ids, attention_mask, strict=True)]
+        return pad_right(answers, pad_id)[0]
+
+
+def scored(number: list[int], completion_ids: list[list[int]]) -> list[float]:
+    return [sum(ids) % 7 / 2 - 1 + n / 10 for n, ids in zip(number, completion_ids, strict=True)]
+
+
+# ---------------------------------------------------------------- the list
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A module with its rows.
+
+    Attributes:
+        build: The module, from an architecture and the folder of a trained scalar model of that architecture.
+        columns: Its tokenized rows.
+        collator: Makes its batches.
+        weights: What each row adds to the denominator of the loss.
+        online: Whether ``micro`` is the module's own affair rather than the Trainer's.
+        dtype: Of the weights. In float64 rounding leaves no room to hide; scalar heads are float32 whatever the weights are.
+    """
+
+    build: Callable[[dict[str, Any], str, Arrangement], pl.LightningModule]
+    columns: dict[str, list[Any]]
+    collator: Any
+    weights: list[int]
+    online: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+def sgd(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
+    """Steps in proportion to the gradient: Adam would hide its scale and blow up its rounding errors."""
+    return lambda params: torch.optim.SGD(params, lr=lr)
+
+
+def build_sft(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
+    return SFTModule(ModelSpec(architecture=architecture), optimizer=sgd(0.05))
+
+
+def build_reward_model(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
+    loss = BradleyTerryLoss(centering_coef=0.05, margin_scale=0.7)
+    return RewardModelModule(ModelSpec(architecture=architecture), loss, optimizer=sgd(0.005), normalise=False)
+
+
+def build_dpo(loss: Any, lr: float) -> Callable[[dict[str, Any], str, Arrangement], pl.LightningModule]:
+    def build(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
+        return DPOModule(ModelSpec(architecture=architecture), loss, optimizer=sgd(lr))
+
+    return build
+
+
+def build_ppo(critic: bool) -> Callable[[dict[str, Any], str, Arrangement], pl.LightningModule]:
+    def build(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
+        module = PPOModule(
+            ModelSpec(architecture=architecture),
+            ModelSpec(path=scalar) if critic else None,
+            FunctionReward(scored),
+            kl=AdaptiveKL(init=0.2, target=1.0, horizon=50),
+            sampling=SamplingParameters(max_new_tokens=LONGEST, temperature=0.7),
+            loss=PPOLoss(value_coef=0.5, entropy_coef=0.01),
+            update=PPOUpdate(epochs=2, minibatch_size=STEP, micro_batch_size=arrangement.micro, max_grad_norm=1e6),
+            optimizer=sgd(0.01),
+            schedule=Schedule(decay="constant"),
+        )
+        module.engine = Answers()
+        return module
+
+    return build
+
+
+PAIRS: dict[str, Any] = {"columns": PREFERENCES, "collator": PreferenceCollator(PAD), "weights": [1] * ROWS}
+DOUBLE: dict[str, Any] = {"dtype": torch.float64}
+ONLINE: dict[str, Any] = {
+    "columns": PROMPT_ROWS,
+    "collator": PromptCollator(PAD),
+    "weights": [1] * ROWS,
+    "online": True,
+}
+SUBJECTS: dict[str, Subject] = {
+    "sft": Subject(build_sft, DEMONSTRATIONS, SequenceCollator(PAD), [len(row) for row in CHOSEN], **DOUBLE),
+    "reward model": Subject(build_reward_model, **PAIRS),
+    "dpo": Subject(build_dpo(DPOLoss(beta=0.3, label_smoothing=0.1), 0.01), **PAIRS, **DOUBLE),
+    "ipo": Subject(build_dpo(IPOLoss(tau=0.5), 1e-4), **PAIRS, **DOUBLE),
+    "ppo": Subject(build_ppo(critic=True), **ONLINE),
+    "ppo, shared trunk": Subject(build_ppo(critic=False), **ONLINE),
+}
+
+
+# ---------------------------------------------------------------- a run
+
+
+class Memory(Logger):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[dict[str, float]] = []
+
+    @property
+    def name(self) -> str:
+        return "memory"
+
+    @property
+    def version(self) -> str:
+        return "0"
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Of no interest."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append({**metrics, "step": float(step or 0)})
+
+
+class Gradients(pl.Callback):
+    """Keeps the gradients of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.steps.append({k: p.grad.clone() for k, p in pl_module.named_parameters() if p.grad is not None})
+
+
+@dataclass(frozen=True)
+class Trace:
+    """All that a run shows: logged rows, gradients of each step, weights at the end."""
+
+    logged: list[dict[str, float]]
+    gradients: list[dict[str, Tensor]]
+    weights: dict[str, Tensor]
+
+
+def configured(subject: Subject, architecture: str, scalar: str, arrangement: Arrangement) -> Any:
+    """The module with wide weights, and a reference that is not its policy."""
+    module: Any = subject.build(ARCHITECTURES[architecture], scalar, arrangement)
+    module.tokenizer = tokenizer()
+    module.configure_model()
+    widened(module.to(subject.dtype), 11)
+    if hasattr(module, "reference"):
+        widened(module.reference.network.to(subject.dtype), 12)
+    if subject.online:
+        rearrange_rollouts(module, arrangement)
+    return module
+
+
+def rearrange_rollouts(module: Any, arrangement: Arrangement) -> None:
+    """Columns are added where responses come from, NaN wherever a rollout goes from one stage to the next."""
+    generate, collect, learn, finish = module._generate, module._collect, module._learn, module._finish
+    module._generate = lambda *args: stretched(generate(*args), arrangement)
+    if arrangement.filler == "garbage":
+        module._collect = lambda batch: littered(collect(batch))
+        module._learn = lambda rollout: learn(littered(rollout))
+        module._finish = lambda rollout, *more: finish(littered(rollout), *more)
+
+
+def stretched(responses: Responses, arrangement: Arrangement) -> Responses:
+    """With columns after the longest response."""
+    masks = ("attention_mask", "sequence_mask", "response_mask")
+    wide = {name: functional.pad(getattr(responses, name), (0, arrangement.after)) for name in masks}
+    real = wide["attention_mask"]
+    ids = filling((len(real), real.shape[1]), arrangement)
+    ids[real] = responses.input_ids[responses.attention_mask]
+    return replace(responses, input_ids=ids, **wide)
+
+
+def littered(rollout: Rollout) -> Rollout:
+    """With NaN where no token is."""
+    numbers = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
+    per_token = {k: v for k, v in numbers.items() if v.is_floating_point() and v.dim() == 2}
+    return replace(rollout, **{k: v.masked_fill(~rollout.response_mask, torch.nan) for k, v in per_token.items()})
+
+
+def batches(subject: Subject, arrangement: Arrangement, rank: int = 0, world: int = 1) -> list[Any]:
+    """The micro-batches of both steps on one rank, with the normaliser that the project's own sampler gives."""
+    micro = STEP // world if subject.online else min(arrangement.micro, STEP // world)
+    order = [*arrangement.permuted(0), *arrangement.permuted(1)]
+    sampler = BucketBatchSampler(
+        list(range(ROWS)),  # as lengths: the sampler keeps this order
+        [subject.weights[row] for row in order],
+        batch_size=micro,
+        shuffle=False,
+        rank=rank,
+        world_size=world,
+        accumulate=accumulation(subject, arrangement, world),
+    )
+    dataset = PlannedRows(Dataset.from_dict(subject.columns).select(order))
+    made = [subject.collator(dataset.__getitems__(plan)) for plan in sampler]
+    again: Any = lay_out_prompts if subject.online else lay_out
+    return [again(batch, arrangement) for batch in made]
+
+
+def accumulation(subject: Subject, arrangement: Arrangement, world: int) -> int:
+    return 1 if subject.online else max(1, STEP // (arrangement.micro * world))
+
+
+def run(
+    subject: Subject, architecture: str, scalar: str, arrangement: Arrangement, world: int = 1, rank: int = 0
+) -> Trace:
+    """Two optimizer steps (PPO: two iterations) and a validation under a real Trainer."""
+    pl.seed_everything(0, verbose=False)
+    module = configured(subject, architecture, scalar, arrangement)
+    memory, gradients = Memory(), Gradients()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+        max_epochs=1,
+        accumulate_grad_batches=accumulation(subject, arrangement, world),
+        logger=memory,
+        callbacks=[gradients],
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    rows: Any = batches(subject, arrangement, rank, world)
+    loader = DataLoader(rows, batch_size=None, collate_fn=lambda batch: batch)
+    trainer.fit(module, loader, loader)
+    weights = {name: value.clone() for name, value in module.state_dict().items()}
+    return Trace(memory.rows, gradients.steps, weights)
+
+
+def scalar_folder(base: Path, architecture: str) -> str:
+    """An exported scalar model, for critics: they refuse a head that nobody trained."""
+    network = load_scalar_model(ModelSpec(architecture=ARCHITECTURES[architecture]), tokenizer(), new_head=True)
+    return str(export_folder(network, tokenizer(), base / architecture))

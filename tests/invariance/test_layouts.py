@@ -1,0 +1,55 @@
+"""Neither loss nor gradient nor any logged metric knows how the rows were laid out.
+
+Not bit for bit: a matrix product of another shape adds in another order, which moves float32 by about 1e-6.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+
+from tests.invariance.compare import assert_same
+from tests.invariance.rearrangements import PLAIN, REARRANGEMENTS
+from tests.invariance.subjects import ARCHITECTURES, SUBJECTS, Trace, run, scalar_folder
+
+# Prompts end in the last column, whatever they hold, and responses begin in the first: PPO has no text at the right end.
+CASES = [
+    (subject, layout)
+    for subject in SUBJECTS
+    for layout in REARRANGEMENTS
+    if not (SUBJECTS[subject].online and REARRANGEMENTS[layout].flush_right)
+]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def scalar(architecture, tmp_path_factory):
+    return scalar_folder(tmp_path_factory.mktemp("scalar"), architecture)
+
+
+@cache
+def plain_run(subject: str, architecture: str, scalar: str) -> Trace:
+    return run(SUBJECTS[subject], architecture, scalar, PLAIN)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_the_plain_run_has_something_to_get_wrong(subject, architecture, scalar):
+    """Every parameter is trained, and no metric is but a zero or a one."""
+    plain = plain_run(subject, architecture, scalar)
+    assert len(plain.gradients) == (4 if SUBJECTS[subject].online else 2)
+    for gradients in plain.gradients:
+        assert min(float(g.abs().max()) for g in gradients.values()) > 1e-5
+    telling = {name for row in plain.logged for name, value in row.items() if value not in (0, 1)}
+    silent = {name for row in plain.logged for name in row} - telling
+    assert silent <= {"train/epoch", "train/early_stop", "train/rewards/failures", "train/rewards/skipped_iterations"}
+
+
+@pytest.mark.parametrize(("subject", "layout"), CASES)
+def test_nothing_depends_on_the_layout(subject, layout, architecture, scalar):
+    rtol = 1e-9 if SUBJECTS[subject].dtype == torch.float64 else 1e-5
+    got = run(SUBJECTS[subject], architecture, scalar, REARRANGEMENTS[layout])
+    assert_same(got, plain_run(subject, architecture, scalar), rtol=rtol)

