@@ -35,7 +35,10 @@ class RunState(Callback):
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn != "fit" or "run" not in checkpoint:
+        if trainer.state.fn != "fit":
+            return
+        if "run" not in checkpoint:
+            log.warning("the checkpoint lacks the state of a run: random numbers and what is counted begin anew")
             return
         self._loaded = of_this_rank(trainer, checkpoint["run"]["ranks"])
         for logger in metrics_files(trainer):

@@ -1,11 +1,11 @@
 """Proximal policy optimisation from a reward: the third stage of classic RLHF."""
 
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from rlhf_lightning.batches import PromptBatch
@@ -27,43 +27,23 @@ from rlhf_lightning.modules.guard import StepGuard
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_training
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, whole
+from rlhf_lightning.modules.ppo_update import PPOUpdate
 from rlhf_lightning.modules.ranks import of_this_rank, over_ranks
-from rlhf_lightning.modules.rollout_metrics import EVALUATION, UPDATE, evaluation_counts, rollout_means
+from rlhf_lightning.modules.rollout_metrics import (
+    EVALUATION,
+    UPDATE,
+    evaluation_counts,
+    part_means,
+    rollout_means,
+    update_metrics,
+)
 from rlhf_lightning.modules.showing import Sample, as_samples
-from rlhf_lightning.rewards.failures import GuardedReward, IterationSkipped, RewardFailures
+from rlhf_lightning.rewards.failures import GuardedReward, IterationSkipped
 from rlhf_lightning.rewards.reward import Reward, checked_scores
 from rlhf_lightning.rollouts.advantages import GAE, AdvantageEstimator
 from rlhf_lightning.rollouts.buffer import Rollout
 from rlhf_lightning.rollouts.collect import Responses, generate_responses, score_responses
 from rlhf_lightning.rollouts.kl_control import FixedKL, KLControl
-
-
-@dataclass(frozen=True)
-class PPOUpdate:
-    """How a rollout is learnt from.
-
-    Attributes:
-        epochs: Passes over the rollout.
-        minibatch_size: Responses an optimizer step, on one rank.
-        micro_batch_size: Responses a forward; gradients are summed, so it changes memory and nothing else.
-        target_kl: Stop the passes once the mean k2 between the policy and the one that sampled exceeds this; None never.
-        critic_lr: Learning rate of the critic; None for that of the policy.
-        max_grad_norm: Gradients of policy and critic together are clipped to this norm.
-        reward_failures: What becomes of a rollout that could not be scored.
-    """
-
-    epochs: int = 4
-    minibatch_size: int = 64
-    micro_batch_size: int = 64
-    target_kl: float | None = None
-    critic_lr: float | None = None
-    max_grad_norm: float = 1.0
-    reward_failures: RewardFailures = field(default_factory=RewardFailures)
-
-    def __post_init__(self) -> None:
-        """Refuse an update that would not happen."""
-        if min(self.epochs, self.minibatch_size, self.micro_batch_size) < 1:
-            raise UserError(f"epochs, minibatch_size and micro_batch_size are at least 1: {self}")
 
 
 class PPOModule(LightningModule):
@@ -82,7 +62,7 @@ class PPOModule(LightningModule):
         sampling: SamplingParameters = SamplingParameters(),  # noqa: B008  (frozen)
         loss: PPOLoss = PPOLoss(),  # noqa: B008  (frozen)
         advantages: AdvantageEstimator = GAE(),  # noqa: B008  (frozen)
-        update: PPOUpdate = PPOUpdate(),
+        update: PPOUpdate = PPOUpdate(),  # noqa: B008  (frozen)
         optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-6, eps=1e-5),
         schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
     ) -> None:
@@ -251,14 +231,8 @@ class PPOModule(LightningModule):
         """Schedules, counters, KL control and the log."""
         scheduler: Any = self.lr_schedulers()
         means = rollout_means(rollout, self.kl.coef, self._all_sum)
-        for name, scores in self.reward.parts().items():
-            counted = torch.tensor([float(scores.sum()), float(len(scores))], device=self.device)
-            total, count = self._all_sum(counted).tolist()
-            means[f"rewards/{name}/mean"] = torch.tensor(total / count)
-        updates = self.update_means.compute()
-        updates["val/ratio_var"] = updates.pop("val/ratio_squared") - updates["val/ratio"].square()
-        rates = scheduler.get_last_lr()
-        self.update_means.reset()
+        means |= part_means(self.reward.parts(), self._all_sum, self.device)
+        updates, rates = update_metrics(self.update_means), scheduler.get_last_lr()
         self.iteration += 1
         self.episodes += int(means.pop("episodes"))
         log_training(
@@ -350,5 +324,6 @@ class PPOModule(LightningModule):
         state = checkpoint["ppo"]
         self.iteration, self.episodes = state["iteration"], state["episodes"]
         self.kl.load_state(state["kl"])
-        self.order.set_state(of_this_rank(self.trainer, state["order"]))
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.order.set_state(of_this_rank(self.trainer, state["order"]))
         self.scorer.load_state(state["reward"])

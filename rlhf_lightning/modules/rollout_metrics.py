@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rlhf_lightning.functional.kl import kl_k3
 from rlhf_lightning.functional.masked import masked_sum
+from rlhf_lightning.modules.metrics import Means
 from rlhf_lightning.rollouts.buffer import Rollout
 from rlhf_lightning.rollouts.collect import Responses
 
@@ -51,6 +52,31 @@ def rollout_means(rollout: Rollout, kl_coef: float, all_sum: Callable[[Tensor], 
     means = dict(zip(per_response, all_sum(stacked) / count, strict=True))
     variance = means.pop("objective/scores_squared") - means["objective/scores"].square()
     return {**means, "objective/scores_std": variance.clamp(min=0).sqrt(), "episodes": count}
+
+
+def part_means(
+    parts: dict[str, Tensor], all_sum: Callable[[Tensor], Tensor], device: torch.device
+) -> dict[str, Tensor]:
+    """Means of the parts of a weighted reward, all ranks together.
+
+    Args:
+        parts: Scores of one reward each, by name.
+        all_sum: Sums a tensor over ranks.
+        device: Where that is done.
+    """
+    means = {}
+    for name, scores in parts.items():
+        counted = torch.tensor([float(scores.sum()), float(len(scores))], device=device)
+        total, count = all_sum(counted).tolist()
+        means[f"rewards/{name}/mean"] = torch.tensor(total / count)
+    return means
+
+
+def update_metrics(means: Means) -> dict[str, Tensor]:
+    """The means over an iteration's optimizer steps, with the variance of the ratio, and forget them."""
+    values = means.drain()
+    values["val/ratio_var"] = values.pop("val/ratio_squared") - values["val/ratio"].square()
+    return values
 
 
 def evaluation_counts(

@@ -22,6 +22,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
     # Lightning's own loads weight by weight, which torch refuses for weights in shards, and passes over the checkpoint IO.
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

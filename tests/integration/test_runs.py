@@ -42,7 +42,9 @@ def test_checkpoints_hold_weights_and_counters_and_load_without_pickle(tmp_path)
     main(["fit", *SFT, "--trainer.default_root_dir", str(tmp_path / "a"), "--trainer.max_steps", "2"])
     checkpoint = torch.load(tmp_path / "a/checkpoints/last.ckpt", weights_only=True)
     assert "hyper_parameters" not in checkpoint
-    assert all(key.startswith(("policy.", "train_means.", "eval_means.")) for key in checkpoint["state_dict"])
+    assert all(key.startswith("policy.") for key in checkpoint["state_dict"])
+    assert checkpoint["run"]["module"] == "rlhf_lightning.modules.sft.SFTModule"
+    assert len(checkpoint["run"]["ranks"]) == 1
 
 
 def test_going_on_with_nothing_is_an_error(tmp_path, capsys):

@@ -17,6 +17,7 @@ from rlhf_lightning.callbacks.metrics_file import RunMetrics
 from rlhf_lightning.callbacks.random_state import random_state, set_random_state
 from rlhf_lightning.commands.run_folder import RunFolder
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.modules.metrics import Means
 
 
 def files(folder):
@@ -258,6 +259,25 @@ def test_a_folder_without_the_file_begins_one(tmp_path):
     assert logger.sync() == 0
     logger.log_metrics({"loss": 1.0}, step=8)
     assert len(table(tmp_path / "new" / "metrics.csv")) == 1
+
+
+# ---------------------------------------------------------------- what was counted since the last log
+
+
+def counted(loss, tokens):
+    return {"loss": (torch.tensor(float(loss)), 2), "tokens": (torch.tensor(float(tokens)), 1)}
+
+
+def test_means_go_on_in_another_process_and_totals_beyond_what_float32_counts():
+    one, other = Means(["loss"], totals=["tokens"]), Means(["loss"], totals=["tokens"])
+    one.update(counted(3, 2**24))
+    assert one.drain() == {"loss": 1.5, "tokens": 2**24}
+    one.update(counted(5, 1))
+    state = one.own_state()
+    one.update(counted(100, 100))  # the checkpoint has not seen this
+    other.load_own_state(state)
+    other.update(counted(7, 2))
+    assert other.drain() == {"loss": 3.0, "tokens": 2**24 + 3}
 
 
 # ---------------------------------------------------------------- random numbers

@@ -1,12 +1,21 @@
 """SIGTERM: the batch is finished, the state saved, one line says how to go on, the exit code is 0, nothing is exported."""
 
+import json
+import os
 import shlex
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+import yaml
 
 from rlhf_lightning.cli import main, without_option
-from tests.resume.runs import METHODS, Signal, differences
+from tests.resume.runs import ARCHITECTURE, METHODS, Signal, differences
+
+ROOT = Path(__file__).parents[2]
 
 
 def said(run):
@@ -67,6 +76,40 @@ def test_one_rank_is_asked_and_all_of_them_stop(crew, whole, method, rank):
     assert not (folder / "export").exists()
     assert crew.go_on(method, folder.name, ranks=2).join() == [0, 0]
     assert differences(whole(method, ranks=2), folder) == []
+
+
+@pytest.mark.slow
+def test_a_pipeline_hands_it_on_and_does_not_take_the_stage_for_finished(tmp_path):
+    stage = {
+        "model": {"class_path": "SFTModule", "init_args": {"policy": {"architecture": ARCHITECTURE}}},
+        "data": {"class_path": "DemonstrationDataModule", "init_args": {"source": "HHHWorld", "batch_size": 4}},
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
+        "checkpoint": {"every_n_batches": 2},
+        "samples": {"every_n_steps": 0},
+        "wandb": "disabled",
+    }
+    stage["data"]["init_args"]["source"] = {
+        "class_path": "HHHWorld",
+        "init_args": {"demonstrations": 800, "held_out": 4},
+    }
+    plan = {"stages": [{"name": "sft", "config": [str(tmp_path / "sft.yaml")]}], "output": str(tmp_path / "runs")}
+    for name, content in (("sft", stage), ("pipeline", plan)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "rlhf_lightning", "pipeline", "-c", str(tmp_path / "pipeline.yaml")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "runs/sft/checkpoints/last.ckpt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "stage sft was stopped before its end; go on with: python -m rlhf_lightning pipeline -c" in printed
+    assert not json.loads((tmp_path / "runs/stages.json").read_text())["sft"]["finished"]
+    again = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    assert "--ckpt_path last" in again.stdout
+    assert json.loads((tmp_path / "runs/stages.json").read_text())["sft"]["finished"]
+    assert (tmp_path / "runs/sft/export/config.json").is_file()
 
 
 @pytest.mark.parametrize(
