@@ -10,6 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+PARALLEL := -n auto --dist loadfile# one file in one process: its fixtures are made once
 
 BIN := $(VENV)/bin
 PINNED := pyproject.toml constraints.txt
@@ -23,10 +24,10 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python -m rlhf_lightning pipeline -c configs/quickstart/pipeline.yaml $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 check: lint
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
 mutants: $(VENV)/.installed-dev
 	rm -rf mutants
