@@ -1,5 +1,5 @@
 # make quickstart   SFT, reward model, DPO and PPO on the embedded world, and a report: the main job
-# make test         all tests
+# make test         the tests; with ARGS="-m ''" also the exhaustive ones, which take an hour
 # make check        style, types, import contracts, fast tests
 # make mutants      change every formula in every small way; 95 % of the changes must turn a test red
 # make planted-bugs put each bug that peers shipped into a copy of the package; each must turn a test red
@@ -24,7 +24,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python -m rlhf_lightning pipeline -c configs/quickstart/pipeline.yaml $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not exhaustive" $(ARGS)
 
 check: lint
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)

@@ -50,7 +50,7 @@ def test_training_reaches_the_optimum(tmp_path, method, problem, most_kl, most_l
     assert (folder / "ground_truth.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("problem", [0, 1, 2])
+@pytest.mark.parametrize("problem", [0, *(pytest.param(p, marks=pytest.mark.exhaustive) for p in (1, 2))])
 def test_dpo_on_the_population_of_pairs_reaches_the_optimum(tmp_path, problem):
     """No sampling noise: all 57 x 57 ordered pairs of each prompt in every step."""
     world = EnumerableWorld(problem, max_new_tokens=2)

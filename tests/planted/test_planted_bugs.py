@@ -58,6 +58,7 @@ def plant(*options):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 def test_every_bug_is_caught():
     done = plant("--jobs", "2")

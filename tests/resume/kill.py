@@ -22,6 +22,7 @@ from typing import NamedTuple
 from tests.resume.runs import METHODS, Crew, differences
 
 AGAIN = 0.4  # how often a run that goes on is killed as well
+EPOCHS = {"sft": "8", "reward": "8", "dpo": "8", "ppo": "4"}  # so that most of a run is training
 
 
 class Whole(NamedTuple):
@@ -31,11 +32,16 @@ class Whole(NamedTuple):
     seconds: float
 
 
+def longer(method: str) -> tuple[str, str]:
+    """What is added to the command line."""
+    return "--trainer.max_epochs", EPOCHS[method]
+
+
 def uninterrupted(crew: Crew, method: str, ranks: int) -> Whole:
     """Run twice: the first fills the cache of tokenized rows, the second is timed, and both must be equal."""
-    first = crew.finish(method, f"{method}-first", ranks=ranks)
+    first = crew.finish(method, f"{method}-first", *longer(method), ranks=ranks)
     started = time.monotonic()
-    second = crew.finish(method, f"{method}-second", ranks=ranks)
+    second = crew.finish(method, f"{method}-second", *longer(method), ranks=ranks)
     if found := differences(first, second):
         raise RuntimeError(f"two uninterrupted runs of {method} differ in {found}")
     return Whole(second, time.monotonic() - started)
@@ -44,7 +50,7 @@ def uninterrupted(crew: Crew, method: str, ranks: int) -> Whole:
 def kill(crew: Crew, method: str, number: int, whole: Whole, ranks: int, seed: int) -> bool:
     """One kill, told in one line; True if nothing shows of it."""
     name, draw, moments = f"{method}-{number}", random.Random(f"{seed} {method} {number}"), []
-    run, folder = crew.run(method, name, ranks=ranks)
+    run, folder = crew.run(method, name, *longer(method), ranks=ranks)
     while True:
         moment = draw.random() * whole.seconds
         time.sleep(max(run.started + moment - time.monotonic(), 0))
@@ -52,10 +58,10 @@ def kill(crew: Crew, method: str, number: int, whole: Whole, ranks: int, seed: i
         if phase == "over":  # it was faster than the one that was timed
             if moments:
                 break
-            run = crew.run(method, name, "--overwrite", "true", ranks=ranks)[0]
+            run = crew.run(method, name, *longer(method), "--overwrite", "true", ranks=ranks)[0]
             continue
         moments.append(f"{moment:5.2f} s ({phase})")
-        run = crew.go_on(method, name, ranks=ranks)
+        run = crew.go_on(method, name, *longer(method), ranks=ranks)
         if draw.random() >= AGAIN:
             break
     codes = run.join()

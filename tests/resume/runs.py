@@ -19,6 +19,7 @@ import torch
 from rlhf_lightning import cli
 from rlhf_lightning.callbacks import checkpoint_file, export, metrics_file
 from rlhf_lightning.callbacks.run_checkpoint import RunCheckpoint
+from rlhf_lightning.commands.quiet import be_quiet
 from rlhf_lightning.models.export import export_folder
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
 from rlhf_lightning.models.spec import ModelSpec
@@ -70,6 +71,7 @@ def arguments(method: str, base: Path, folder: Path, *more: str) -> list[str]:
 
 def make_base(folder: Path) -> Path:
     """A random policy and a random reward model as exported folders."""
+    be_quiet()
     torch.manual_seed(0)
     tokenizer, spec = world_tokenizer(), ModelSpec(architecture=ARCHITECTURE)
     export_folder(load_causal_lm(spec, tokenizer), tokenizer, folder / "policy")
@@ -138,7 +140,7 @@ class Watch:
                 if self.entries == self.die.entry:
                     self.end(self.die, args)
             result = function(*args, **kwargs)
-            self.phase.value = before
+            self.phase.value = before or b"between"
             return result
 
         return watched

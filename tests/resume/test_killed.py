@@ -30,6 +30,10 @@ CHAINS = {
     ],
     "metrics": [("metrics", 1), ("metrics header", 2), ("metrics", 5), ("metrics header", 1), ("metrics", 3)],
 }
+# Every method goes through every chain in the nightly run; what differs between methods shows in the first and the last.
+BRIEF = [
+    method if method in ("sft", "ppo") else pytest.param(method, marks=pytest.mark.exhaustive) for method in METHODS
+]
 ITERATION = [("rollout", 9), ("scoring", 7), ("update", 26), ("update", 7), ("log", 8)]
 
 
@@ -48,14 +52,14 @@ def killed(crew, method, name, *deaths, more=(), ranks=1):
     return folder
 
 
-@pytest.mark.parametrize(("method", "die"), [("sft", ("batch", 13)), ("ppo", ("update", 51))])
+@pytest.mark.parametrize(("method", "die"), [("sft", ("batch", 19)), ("ppo", ("update", 31))])
 def test_killed_once(crew, whole, method, die):
     assert differences(whole(method), killed(crew, method, name_of(method, die), die)) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chain", CHAINS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BRIEF)
 def test_killed_again_and_again(crew, whole, method, chain):
     assert differences(whole(method), killed(crew, method, f"{method}-{chain}", *CHAINS[chain])) == []
 
@@ -67,7 +71,7 @@ def test_killed_inside_iterations(crew, whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BRIEF)
 def test_loader_workers_change_nothing(crew, whole, method, workers):
     """They have read ahead of the checkpoint; and a run may go on with another number of them."""
     more = ("--data.num_workers", str(workers))
@@ -76,6 +80,7 @@ def test_loader_workers_change_nothing(crew, whole, method, workers):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["sft", "ppo"])
 @pytest.mark.parametrize(
     "more",
@@ -149,10 +154,14 @@ def test_a_checkpoint_holds_the_trained_weights_and_the_state_and_nothing_else(c
     weights = {weight.data_ptr(): weight.nbytes for weight in state_dict.values()}
     moments = sum(moment.nbytes for state in optimizer.values() for moment in state.values())
     assert moments == pytest.approx(2 * sum(weights.values()), rel=0.05)
-    policy = sum(w.nbytes for key, w in state_dict.items() if key.startswith(trained[0]) and "lm_head" not in key)
-    assert (
-        all_bytes(checkpoint) - all_bytes(state_dict) - moments < policy
-    )  # generators and a few samples, no reference
+    generators = all_bytes(checkpoint["run"]["ranks"][0]["random"]) + all_bytes(
+        checkpoint.get("ppo", {}).get("order", [])
+    )
+    assert generators == 5056 * (method == "ppo") + 5056 + 8 * (
+        625 + 624
+    )  # torch's, and the words of Python's and NumPy's
+    rest = all_bytes(checkpoint) - all_bytes(state_dict) - moments - generators
+    assert rest < 2500  # a batch to show, and what was counted: a tenth of the smallest network
 
 
 def all_bytes(value):
