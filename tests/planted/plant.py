@@ -28,7 +28,6 @@ HEAVY = (
     "datasets",
     "jsonargparse",
     "lightning.pytorch",
-    "torchdata.stateful_dataloader",
     "torchmetrics",
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
