@@ -2,8 +2,6 @@
 
 import argparse
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,8 +11,8 @@ from typing import Any, NoReturn
 import torch
 from rich.console import Console
 
-from rlhf_lightning.commands.imports import FLAG, POLICY
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.commands.fit_process import fit_command, run_fit
+from rlhf_lightning.errors import RunStopped, UserError
 from rlhf_lightning.evaluation.exact import Target, policy_logps, target_of
 from rlhf_lightning.evaluation.gradients import gradient_error
 from rlhf_lightning.evaluation.ground_truth import REPORT, OptimumCurve, read_curve, table, verdict, write
@@ -144,10 +142,10 @@ def _built(arguments: list[str], parse: Parse) -> tuple[Any, Any]:
 
 def _fit(arguments: list[str], seed: int, run: Path) -> None:
     """In a process of its own: a fresh generator, and the same way as everybody's."""
-    imports = [part for name in POLICY.given for part in (FLAG, name)]
-    command = [sys.executable, "-m", "rlhf_lightning", "fit", *arguments, *imports]
-    code = subprocess.run(command, check=False).returncode
+    code = run_fit(fit_command(arguments))
     if code:
         raise UserError(
             f"problem {seed}: the fit ended with exit code {code}; put it right and run the same command again"
         )
+    if not (run / "export" / "config.json").is_file():
+        raise RunStopped(f"problem {seed} was stopped before its end; problems begin anew (add --overwrite true)")

@@ -4,9 +4,6 @@ import hashlib
 import json
 import re
 import shlex
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
+from rlhf_lightning.commands.fit_process import fit_command, run_fit
 from rlhf_lightning.commands.handoffs import check_export, check_same_text
-from rlhf_lightning.commands.imports import FLAG, POLICY
+from rlhf_lightning.commands.imports import FLAG
 from rlhf_lightning.commands.run_folder import CONFIG
 from rlhf_lightning.errors import RunStopped, UserError, harmless
 from rlhf_lightning.evaluation.evaluation import Evaluation
@@ -142,8 +140,7 @@ def _run_stage(
         )
     resume = begun and same and (run / "checkpoints" / "last.ckpt").is_file()
     extra = ["--ckpt_path", "last"] if resume else ["--overwrite", "true"] if begun else []
-    extra += [part for name in POLICY.given for part in (FLAG, name)]
-    command = [sys.executable, "-m", "rlhf_lightning", "fit", *arguments, *extra]
+    command = fit_command([*arguments, *extra])
     record[stage.name] = {
         "fingerprint": fingerprint,
         "finished": False,
@@ -152,7 +149,7 @@ def _run_stage(
     _write_record(folder, record)
     console.print(harmless(shlex.join(["python", *command[1:]])), style="dim", soft_wrap=True)
     started = time.perf_counter()
-    code = _fit(command)
+    code = run_fit(command)
     record[stage.name]["seconds"] += time.perf_counter() - started
     if code:
         raise UserError(f"stage {stage.name} ended with exit code {code}; put it right and run the same command again")
@@ -161,16 +158,6 @@ def _run_stage(
         raise RunStopped(f"stage {stage.name} was stopped before its end")
     record[stage.name]["finished"] = True
     _write_record(folder, record)
-
-
-def _fit(command: list[str]) -> int:
-    """Run a stage to its end, or until we are asked to end: that is handed on, for the stage knows how to save."""
-    stage = subprocess.Popen(command)
-    before = signal.signal(signal.SIGTERM, lambda *_: stage.terminate())
-    try:
-        return stage.wait()
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _check_handoffs(stages: list[Stage], folder: Path) -> None:

@@ -224,7 +224,7 @@ def test_a_stage_gets_the_flag(tmp_path, monkeypatch, evil):
         commands.append(command)
         return 1
 
-    monkeypatch.setattr("rlhf_lightning.commands.pipeline._fit", record)
+    monkeypatch.setattr("rlhf_lightning.commands.pipeline.run_fit", record)
     plan = {"stages": [{"name": "a", "config": ["configs/quickstart/sft.yaml"]}], "output": str(tmp_path / "out")}
     with pytest.raises(SystemExit):
         main(["pipeline", "--config", overlay(tmp_path, plan), "--import", str(evil)])

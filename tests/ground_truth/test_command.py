@@ -67,6 +67,15 @@ def test_of_a_folder_that_holds_something_else(capsys, tmp_path):
     assert (tmp_path / "thesis.tex").exists()
 
 
+def test_a_fit_that_was_asked_to_end_is_no_result(capsys, tmp_path, monkeypatch):
+    """It ends with 0, as it should after a SIGTERM, and leaves no export to measure."""
+    monkeypatch.setattr("rlhf_lightning.commands.ground_truth.run_fit", lambda command: 0)
+    flags = ["--data.init_args.source.init_args.max_new_tokens", "2", "--problems", "7"]
+    main(["ground-truth", "-c", str(DPO), *flags, "--trainer.default_root_dir", str(tmp_path / "run")])
+    assert "problem 7 was stopped before its end" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "ground_truth.json").exists()
+
+
 def test_the_verdict_names_what_is_out_of_tolerance():
     good = Exact(kl_to_optimum=5e-3, lost_percent=1.5, reward=0.5, kl=0.3, frontier_reward=0.51, entropy=3.0)
     assert verdict("PPO", good, 1e-6) == []
