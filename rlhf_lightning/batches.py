@@ -31,6 +31,8 @@ class PreferenceBatch(NamedTuple):
         response_mask: True on response tokens, EOS included. Shape (2 * pairs, length), bool.
         margin: How much better the chosen response was judged, 0 where unknown. Shape (pairs,), float32.
         normalizer: Mean number of pairs that a micro-batch of this optimizer step holds, over every rank. Scalar.
+        reference_logps: Log-probability of each response under the reference, where it is known already.
+            Shape (2 * pairs,), float32, nats.
     """
 
     input_ids: Tensor
@@ -38,6 +40,7 @@ class PreferenceBatch(NamedTuple):
     response_mask: Tensor
     margin: Tensor
     normalizer: Tensor
+    reference_logps: Tensor | None = None
 
 
 class PromptBatch(NamedTuple):

@@ -12,7 +12,7 @@ from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.data.collate import pad_right
 from rlhf_lightning.data.encoding import encode_prompt
 from rlhf_lightning.generation.engine import SamplingParameters
-from rlhf_lightning.generation.transformers_engine import TransformersEngine
+from rlhf_lightning.generation.native import engine_for
 from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork
@@ -94,7 +94,7 @@ class Answerer:
         flipped, mask = pad_right([row[::-1] for row in rows], int(self.tokenizer.pad_token_id))
         batch = PromptBatch(flipped.flip(1).to(self.device), mask.flip(1).to(self.device), prompts, {})
         network: Any = self.policy.network.network
-        responses = generate_responses(batch, network, self.tokenizer, TransformersEngine(), sampling)
+        responses = generate_responses(batch, network, self.tokenizer, engine_for(sampling), sampling)
         inputs = responses.input_ids, responses.attention_mask, responses.sequence_mask
         log_ratio = self.policy(*inputs).logprobs - self.reference(*inputs).logprobs
         lengths = responses.response_mask.sum(1).float()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.evaluation.exact import Target, enumerated_rows
 from rlhf_lightning.functional.optimum import objective
+from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.losses import DPOLoss, IPOLoss, PairLoss
 from rlhf_lightning.modules import DPOModule, PPOModule
 from rlhf_lightning.rewards.reward import Samples
@@ -74,7 +75,8 @@ def all_responses(world: EnumerableWorld) -> Responses:
         truncated=world.truncated.repeat(count).tolist(),
     )
     mask = response[:, len(world.prompt_ids[0]) :]
-    return Responses(ids, attention, response, mask, world.truncated.repeat(count), samples)
+    drawn = Generation(ids[:, -mask.shape[1] :])
+    return Responses(ids, attention, response, mask, world.truncated.repeat(count), drawn, samples)
 
 
 def exact_values(rollout: Rollout, rewards: Tensor, *, kl_coef: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The clipped surrogate of PPO, per token; the reduction is the caller's."""
+"""The clipped surrogate of PPO, per token, and the weights that correct for another sampler; the reduction is the caller's."""
 
 import torch
 from torch import Tensor
@@ -30,3 +30,23 @@ def clipped_policy_loss(
     free = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(free, clipped).masked_fill(~mask, 0), (clipped > free).detach() & mask
+
+
+def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, *, cap: float) -> Tensor:
+    r"""Truncated importance weights of the policy over a sampler whose numbers are a little different.
+
+    .. math:: w_t = \min\left(\frac{\pi(y_t)}{\mu(y_t)}, C\right)
+
+    Args:
+        logprobs: Of the policy, with the weights that sampled. Shape (batch, length), nats.
+        sampler_logprobs: Of the engine that sampled, :math:`\mu`, at the same temperature. Same shape.
+        mask: True on response tokens. Same shape, bool.
+        cap: C, > 0: bounds the variance, at the price of a bias where the two are far apart.
+
+    Returns:
+        Same shape, in (0, C]; 1 where masked.
+
+    Source: Ionides 2008 (truncated importance sampling); for inference engines Yao et al. 2025, "Your efficient RL
+        framework secretly brings you off-policy training".
+    """
+    return (logprobs - sampler_logprobs).masked_fill(~mask, 0).exp().clamp(max=cap).masked_fill(~mask, 1)

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput, score_tokens
+from rlhf_lightning.models.policy import PolicyNetwork, score_tokens
 from rlhf_lightning.models.scalar_head import ScalarModel
-from rlhf_lightning.models.trunk import hidden_states
+from rlhf_lightning.models.shared_critic import SharedCritic
+from rlhf_lightning.models.trunk import States, hidden_states
 
 
 class ActorCriticOutput(NamedTuple):
@@ -46,28 +47,47 @@ class ActorCritic(nn.Module):
         *,
         temperature: float = 1.0,
         entropy_gradient: bool = False,
+        values_only: bool = False,
     ) -> ActorCriticOutput:
-        """Arguments as in :class:`PolicyNetwork`; the value of token t is read where its logits are, at t - 1."""
-        hidden = hidden_states(self.policy.network, input_ids, attention_mask)
-        scored: PolicyOutput = score_tokens(
+        """Score and value the tokens that ``response_mask`` marks; the value of token t is read where its logits are, at t - 1.
+
+        Args:
+            input_ids: As in :class:`PolicyNetwork`, like the next four.
+            attention_mask: Same.
+            response_mask: Same.
+            temperature: Same.
+            entropy_gradient: Same.
+            values_only: What the policy says is known already: leave it out, as zeros.
+        """
+        states: States | None = None
+        if self.critic is None or not values_only:
+            states = hidden_states(self.policy.network, input_ids, attention_mask)
+        values = self._values(states, input_ids, attention_mask)[:, :-1].masked_fill(~response_mask[:, 1:], 0)
+        if values_only or states is None:
+            return ActorCriticOutput(torch.zeros_like(values), torch.zeros_like(values), values)
+        scored = score_tokens(
             self.policy.network,
-            hidden,
+            states,
             input_ids,
             response_mask,
             temperature=temperature,
             entropy_gradient=entropy_gradient,
         )
-        if self.critic is None:
-            with torch.autocast(hidden.device.type, enabled=False):
-                values = self.value_head(hidden.float()).squeeze(-1)
-        else:
-            values = self.critic(input_ids, attention_mask, pooled=False)
-        return ActorCriticOutput(scored.logprobs, scored.entropy, values[:, :-1].masked_fill(~response_mask[:, 1:], 0))
+        return ActorCriticOutput(scored.logprobs, scored.entropy, values)
+
+    def _values(self, states: States | None, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.critic is not None:
+            return self.critic(input_ids, attention_mask, pooled=False)
+        assert states is not None
+        with torch.autocast(states.hidden.device.type, enabled=False):
+            return self.value_head(states.hidden.float()).squeeze(-1)[states.at]
 
     def parameter_groups(self, critic_lr: float | None) -> list[dict]:
         """Optimizer groups: the policy, and the critic with a learning rate of its own where one is given."""
         critic = self.value_head if self.critic is None else self.critic
-        group: dict = {"params": [p for p in critic.parameters() if p.requires_grad]}
+        own = critic.own_parameters() if isinstance(critic, SharedCritic) else list(critic.parameters())
+        group: dict = {"params": [p for p in own if p.requires_grad]}
         if critic_lr is not None:
             group["lr"] = critic_lr
-        return [{"params": list(self.policy.parameters())}, group]
+        of_critic = {id(p) for p in own}  # which may stand in the policy's own layers
+        return [{"params": [p for p in self.policy.parameters() if p.requires_grad and id(p) not in of_critic]}, group]

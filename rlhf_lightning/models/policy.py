@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.functional.logprobs import entropy, log_softmax
+from rlhf_lightning.models.attention import use_rows
+from rlhf_lightning.models.head import head_logits, head_scores
 from rlhf_lightning.models.loading import embedding_weight
-from rlhf_lightning.models.trunk import hidden_states
+from rlhf_lightning.models.trunk import States, hidden_states
 
 
 class PolicyOutput(NamedTuple):
@@ -18,7 +19,7 @@ class PolicyOutput(NamedTuple):
     Attributes:
         logprobs: Shape (batch, length - 1), float32, nats.
         entropy: Entropy of the distribution that predicts the token; same shape, nats; without gradient unless asked for.
-        greedy: Whether the token is the most likely one; same shape, bool.
+        greedy: Whether no token is more likely; same shape, bool.
         mean_logit: Mean raw logit over the vocabulary, which TRL logs as ``logits/chosen``; same shape.
     """
 
@@ -36,6 +37,7 @@ class PolicyNetwork(nn.Module):
 
     def __init__(self, network: PreTrainedModel) -> None:
         super().__init__()
+        use_rows(network)
         check_head(network)
         self.network = network
 
@@ -47,6 +49,8 @@ class PolicyNetwork(nn.Module):
         *,
         temperature: float = 1.0,
         entropy_gradient: bool = False,
+        equal_weights: bool = False,
+        share_prompts: bool = False,
     ) -> PolicyOutput:
         """Score the tokens that ``response_mask`` marks.
 
@@ -56,54 +60,42 @@ class PolicyNetwork(nn.Module):
             response_mask: True on the tokens to score; never on the first column. Same shape, bool.
             temperature: Divides the logits, > 0.
             entropy_gradient: Let gradients flow through the entropy (for an entropy bonus).
+            equal_weights: The loss will weigh every log-probability alike: see :func:`rlhf_lightning.models.head.head_scores`.
+            share_prompts: Rows may begin with the same prompt, which is then read once.
         """
-        hidden = hidden_states(self.network, input_ids, attention_mask)
         return score_tokens(
-            self.network, hidden, input_ids, response_mask, temperature=temperature, entropy_gradient=entropy_gradient
+            self.network,
+            hidden_states(self.network, input_ids, attention_mask, response_mask if share_prompts else None),
+            input_ids,
+            response_mask,
+            temperature=temperature,
+            entropy_gradient=entropy_gradient,
+            equal_weights=equal_weights,
         )
 
 
 def score_tokens(
     network: PreTrainedModel,
-    hidden: Tensor,
+    states: States,
     input_ids: Tensor,
     response_mask: Tensor,
     *,
     temperature: float,
-    entropy_gradient: bool,
+    entropy_gradient: bool = False,
+    equal_weights: bool = False,
 ) -> PolicyOutput:
     """Apply the head where ``response_mask`` asks for it; arguments and result as in :class:`PolicyNetwork`."""
     wanted = response_mask[:, 1:]
-    tokens = input_ids[:, 1:][wanted]
-    logits = head_logits(network, hidden[:, :-1][wanted])  # the logit at t - 1 predicts the token at t
-    log_probs = log_softmax(logits, temperature)
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        token_entropy = entropy(log_probs if entropy_gradient else log_probs.detach())
-    with torch.no_grad():
-        greedy, mean_logit = logits.argmax(-1) == tokens, logits.float().mean(-1)
-    scored = (log_probs.gather(-1, tokens[:, None]).squeeze(-1), token_entropy, greedy, mean_logit)
-    return PolicyOutput(*(_spread(values, wanted) for values in scored))
-
-
-def head_logits(network: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits from hidden states, with the extra step that some architectures take after the linear head.
-
-    Args:
-        network: A causal language model.
-        hidden: Shape (..., hidden).
-
-    Returns:
-        Shape (..., vocabulary), in the model's dtype.
-    """
-    logits = network.get_output_embeddings()(hidden)
-    config = network.config.get_text_config()
-    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
-        logits = logits * scale
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
-        logits = logits / divisor
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+    before = states.hidden.index_select(0, states.at[:, :-1][wanted])  # the logit at t - 1 predicts the token at t
+    scores = head_scores(
+        network,
+        before,
+        input_ids[:, 1:][wanted],
+        temperature=temperature,
+        entropy_gradient=entropy_gradient,
+        equal_weights=equal_weights,
+    )
+    return PolicyOutput(*(_spread(values, wanted) for values in scores))
 
 
 @torch.no_grad()
@@ -117,12 +109,12 @@ def check_head(network: PreTrainedModel) -> None:
     if device.type == "meta":
         return
     ids = torch.arange(4, device=device)[None]
-    whole = network(input_ids=ids, use_cache=False).logits
-    apart = head_logits(network, hidden_states(network, ids, torch.ones_like(ids, dtype=torch.bool)))
+    whole = network(input_ids=ids, use_cache=False).logits[0]
+    apart = head_logits(network, hidden_states(network, ids, torch.ones_like(ids, dtype=torch.bool)).hidden)
     if not torch.allclose(whole.float(), apart.float(), rtol=1e-3, atol=1e-3):
         raise UserError(
             f"{type(network).__name__} changes its logits after the head in a way that is not known here; "
-            "add the step to models/policy.py: head_logits"
+            "add the step to models/head.py: head_logits"
         )
 
 

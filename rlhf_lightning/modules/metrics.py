@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from rlhf_lightning.modules.optimization import gradient_norm
+from rlhf_lightning.modules.zero import ZeROStrategy
 
 STATES = ("sums", "counts", "peaks")
 
@@ -40,8 +41,8 @@ class Means(Metric):
         self.signs = dict.fromkeys(lowest, -1.0) | dict.fromkeys(highest, 1.0)
         self.passed = dict.fromkeys(totals, 0)
         for state in ("sums", "counts"):
-            self.add_state(state, torch.zeros(len(self.names)), dist_reduce_fx="sum")
-        self.add_state("peaks", torch.full((len(self.names),), -torch.inf), dist_reduce_fx="max")
+            self.add_state(state, torch.zeros(len(self.names), dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_state("peaks", torch.full((len(self.names),), -torch.inf, dtype=torch.float32), dist_reduce_fx="max")
 
     def update(self, values: dict[str, tuple[Tensor, Tensor | int]]) -> None:
         """Add sums and counts.
@@ -96,7 +97,8 @@ def log_step(module: Any, optimizer: Optimizer, progress: Sequence[str]) -> None
         optimizer: Whose gradients stand.
         progress: Names to show in the progress bar.
     """
-    norm = gradient_norm(module)
+    strategy = module.trainer.strategy
+    norm = strategy.gradient_norm() if isinstance(strategy, ZeROStrategy) else gradient_norm(module)
     module.guard.check(module, norm)
     if (module.global_step + 1) % module.trainer.log_every_n_steps:
         return

@@ -1,6 +1,7 @@
 """Proximal policy optimisation from a reward: the third stage of classic RLHF."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,27 +15,27 @@ from rlhf_lightning.functional.kl import kl_k2
 from rlhf_lightning.functional.masked import masked_sum
 from rlhf_lightning.functional.value import explained_variance
 from rlhf_lightning.generation.engine import SamplingParameters
-from rlhf_lightning.generation.transformers_engine import TransformersEngine
+from rlhf_lightning.generation.native import engine_for
 from rlhf_lightning.losses import PPOLoss
 from rlhf_lightning.models.actor_critic import ActorCritic
-from rlhf_lightning.models.frozen import Frozen
-from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
+from rlhf_lightning.models.frozen import policy_as_it_starts
+from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork
-from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import gathered, wake
+from rlhf_lightning.models.shared_critic import load_critic
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.guard import StepGuard
-from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
+from rlhf_lightning.modules.handoff import check_context, shard_if_asked, sharing_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_training
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, whole
 from rlhf_lightning.modules.ppo_update import PPOUpdate
 from rlhf_lightning.modules.ranks import of_this_rank, over_ranks
 from rlhf_lightning.modules.rollout_metrics import (
     EVALUATION,
-    UPDATE,
     evaluation_counts,
     part_means,
     rollout_means,
+    update_means,
     update_metrics,
 )
 from rlhf_lightning.modules.showing import Sample, as_samples
@@ -44,6 +45,7 @@ from rlhf_lightning.rollouts.advantages import GAE, AdvantageEstimator
 from rlhf_lightning.rollouts.buffer import Rollout
 from rlhf_lightning.rollouts.collect import Responses, generate_responses, score_responses
 from rlhf_lightning.rollouts.kl_control import FixedKL, KLControl
+from rlhf_lightning.rollouts.mismatch import differences, refuse_other_numbers, weighed
 
 
 class PPOModule(LightningModule):
@@ -90,12 +92,12 @@ class PPOModule(LightningModule):
         self.sampling, self.loss, self.advantages, self.update = sampling, loss, advantages, update
         self.optimizer_factory, self.schedule = optimizer, schedule
         self.scorer, self.guard = GuardedReward(reward, update.reward_failures, self._all_sum), StepGuard()
-        self.engine = TransformersEngine()
+        self.engine = engine_for(sampling)
         self.model_path = policy.path
         self.actor_critic: ActorCritic | None = None
         self.iteration = self.episodes = 0
         self.order = torch.Generator().manual_seed(torch.initial_seed())
-        self.update_means, self.eval_means = Means(UPDATE), Means(EVALUATION)
+        self.update_means, self.eval_means = update_means(), Means(EVALUATION)
         self.last_rollout: tuple[Responses, Tensor] | None = None
 
     def configure_model(self) -> None:
@@ -105,13 +107,12 @@ class PPOModule(LightningModule):
         critic_path = self.critic_spec.path if self.critic_spec else None
         self.tokenizer = training_tokenizer(self, self.policy_spec.path, critic_path)
         policy = PolicyNetwork(load_causal_lm(self.policy_spec, self.tokenizer))
-        critic = ScalarModel(load_scalar_model(self.critic_spec, self.tokenizer)) if self.critic_spec else None
-        reference = PolicyNetwork(load_causal_lm(self.policy_spec, self.tokenizer))
-        reference.load_state_dict(policy.state_dict())
-        self.actor_critic, self.reference = ActorCritic(policy, critic), Frozen(reference)
+        critic = load_critic(self.critic_spec, self.policy_spec, policy, self.tokenizer) if self.critic_spec else None
+        self.actor_critic = ActorCritic(policy, critic)
+        self.reference = policy_as_it_starts(policy, self.policy_spec, self.tokenizer, self.actor_critic)
         check_context(self, policy.network, self.sampling.max_new_tokens)
         shard_if_asked(self, self.actor_critic)
-        shard_if_asked(self, self.reference.network)
+        shard_if_asked(self, self.reference.own_network)
 
     def on_fit_start(self) -> None:
         if str(self.trainer.precision).startswith("16"):
@@ -126,7 +127,8 @@ class PPOModule(LightningModule):
         assert self.actor_critic is not None
         wake(self.actor_critic, self.device)
         self.reference.to(self.device)
-        self.scorer.prepare(self.device)
+        with sharing_if_asked(self):
+            self.scorer.prepare(self.device)
 
     def on_validation_start(self) -> None:
         if not self.trainer.training and not self.trainer.sanity_checking:
@@ -143,6 +145,10 @@ class PPOModule(LightningModule):
             log_training(self, self.scorer.metrics(), progress=())
             return
         rollout = self.advantages.estimate(rollout, kl_coef=self.kl.coef, all_sum=self._all_sum)
+        if not self.engine.same_numbers:
+            assert self.last_rollout is not None
+            rollout, counted = weighed(rollout, self.last_rollout[0].drawn, self.update.importance_cap)
+            self.update_means.update(counted)
         stopped = self._learn(rollout)
         self._finish(rollout, stopped)
 
@@ -154,40 +160,51 @@ class PPOModule(LightningModule):
 
     def _score(self, responses: Responses, reward: Reward) -> Rollout:
         assert self.actor_critic is not None
-        return score_responses(
-            responses,
-            self.actor_critic,
-            self.reference,
-            reward,
-            temperature=self.sampling.temperature,
-            micro_batch_size=self.update.micro_batch_size,
-            most=self._fewest(self.update.micro_batch_size, len(responses.truncated)),
-        )
+        with gathered(*reward.networks()):
+            return score_responses(
+                responses,
+                self.actor_critic,
+                self.reference,
+                reward,
+                temperature=self.sampling.temperature,
+                micro_batch_size=self.update.micro_batch_size,
+                most=self._fewest(self.update.micro_batch_size, len(responses.truncated)),
+                keep_logprobs=self.engine.same_numbers,
+            )
 
     def _generate(self, batch: PromptBatch, sampling: SamplingParameters) -> Responses:
         assert self.actor_critic is not None
+        network = self.actor_critic.policy.network
         with gathered(self.actor_critic):
-            return generate_responses(batch, self.actor_critic.policy.network, self.tokenizer, self.engine, sampling)
+            self.engine.take_weights(network, self.tokenizer, version=self.global_step)
+            responses = generate_responses(batch, network, self.tokenizer, self.engine, sampling)
+            self.engine.rest()
+        return responses
 
     def _learn(self, rollout: Rollout) -> bool:
         """Epochs of minibatches; True if the KL stopped them early."""
+        same_weights = self.engine.same_numbers  # until the first step
         for _ in range(self.update.epochs):
             most = self._fewest(self.update.minibatch_size, len(rollout))
             for minibatch in rollout.minibatches(self.update.minibatch_size, self.order, most):
-                approx_kl = self._step(minibatch)
+                approx_kl = self._step(minibatch, same_weights)
+                same_weights = False
                 if self.update.target_kl is not None and approx_kl > self.update.target_kl:
                     return True
         return False
 
-    def _step(self, minibatch: Rollout) -> float:
-        """One optimizer step on the token mean over the minibatch, all ranks together; the approximate KL before it."""
+    def _step(self, minibatch: Rollout, same_weights: bool) -> float:
+        """One optimizer step on the token mean over the minibatch, all ranks together; the approximate KL before it.
+
+        ``same_weights``: none has been taken since the rollout, so that the engine's log-probabilities can be checked.
+        """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         tokens = self._all_sum(minibatch.response_mask.sum())
-        log_ratio_squares = torch.zeros((), device=self.device)
+        log_ratio_squares = torch.zeros((), dtype=torch.float32, device=self.device)
         most = self._fewest(self.update.micro_batch_size, len(minibatch))
         for micro in minibatch.micro_batches(self.update.micro_batch_size, most):
-            loss, squares = self._micro_loss(micro)
+            loss, squares = self._micro_loss(micro, same_weights)
             # DDP averages gradients over ranks: times the world size makes it a sum, over all ranks' tokens.
             self.manual_backward(self.guard.saw(micro, loss * self.trainer.world_size / tokens))
             log_ratio_squares += squares
@@ -198,7 +215,7 @@ class PPOModule(LightningModule):
         optimizer.step()
         return float(self._all_sum(log_ratio_squares) / tokens)
 
-    def _micro_loss(self, rows: Rollout) -> tuple[Tensor, Tensor]:
+    def _micro_loss(self, rows: Rollout, same_weights: bool = False) -> tuple[Tensor, Tensor]:
         """PPO's loss summed over the response tokens, and the summed k2 to the policy that sampled."""
         assert self.actor_critic is not None
         mask, width = rows.response_mask, rows.response_mask.shape[1]
@@ -210,6 +227,9 @@ class PPOModule(LightningModule):
             entropy_gradient=self.loss.entropy_coef > 0,
         )
         logprobs, values, entropy = (x[:, -width:] for x in (output.logprobs, output.values, output.entropy))
+        if same_weights:
+            self.update_means.update(differences(logprobs, rows.logprobs, mask))
+            refuse_other_numbers(logprobs, rows.logprobs, mask, str(self.trainer.precision))
         policy, policy_clipped = self.loss.policy(logprobs, rows.logprobs, rows.advantages, mask)
         value, value_clipped = self.loss.value(values, rows.values, rows.returns, mask)
         log_ratio = (logprobs - rows.logprobs).detach().masked_fill(~mask, 0)
@@ -255,7 +275,7 @@ class PPOModule(LightningModule):
             progress=("objective/scores", "objective/kl", "objective/length"),
         )
         self.kl.update(
-            float(means["objective/kl"]), int(self._all_sum(torch.tensor(float(len(rollout)), device=self.device)))
+            float(means["objective/kl"]), int(self._all_sum(torch.tensor(len(rollout), device=self.device)))
         )
         scheduler.step()
 
@@ -267,11 +287,12 @@ class PPOModule(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Sample]:
         responses = self._generate(batch, self.sampling)
-        return as_samples(responses, checked_scores(self.scorer, responses.samples), len(batch.prompts))
+        with gathered(*self.scorer.networks()):
+            return as_samples(responses, checked_scores(self.scorer, responses.samples), len(batch.prompts))
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Answer fixed prompts, greedily and sampled from a fixed seed: the training's random numbers are not touched."""
-        modes = {"sampled": self.sampling, "greedy": SamplingParameters(self.sampling.max_new_tokens, temperature=0)}
+        modes = {"sampled": self.sampling, "greedy": replace(self.sampling, temperature=0)}
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(batch_idx)
             for mode, sampling in modes.items():

@@ -1,6 +1,8 @@
 """Reward modelling: the second stage."""
 
+import math
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.guard import StepGuard
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
-from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled
+from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled, trained_parameters
 from rlhf_lightning.modules.showing import Sample
 
 NAMES = ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward")
@@ -72,7 +74,8 @@ class RewardModelModule(LightningModule):
     def forward(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Raw scores of chosen and rejected responses, (pairs,) each, in one forward."""
         assert self.network is not None
-        chosen, rejected = self.network(batch.input_ids, batch.attention_mask, normalised=False).chunk(2)
+        inputs = batch.input_ids, batch.attention_mask, batch.response_mask
+        chosen, rejected = self.network(*inputs, normalised=False).chunk(2)
         return chosen, rejected
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
@@ -105,14 +108,16 @@ class RewardModelModule(LightningModule):
 
     @torch.no_grad()
     def _normalise(self) -> None:
-        """Mean and spread of the raw scores over the first ``MEASURED`` responses of a random order, all ranks together."""
-        moments = torch.zeros(3, device=self.device)  # count, sum, sum of squares
+        """Mean and spread of the raw scores over the first ``MEASURED`` responses of a random order, all ranks together.
+
+        Every rank takes as many batches, however many rows are in its own: under FSDP2 one would wait for the other.
+        """
+        moments = torch.zeros(3, dtype=torch.float32, device=self.device)  # count, sum, sum of squares
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        for batch in datamodule.loader("train", shuffle=True):
+        most = math.ceil(MEASURED / (2 * datamodule.batch_size * self.trainer.world_size))
+        for batch in islice(datamodule.loader("train", shuffle=True), most):
             scores = torch.cat(self(self.transfer_batch_to_device(batch, self.device, 0)))
             moments += torch.stack([torch.ones_like(scores).sum(), scores.sum(), scores.square().sum()])
-            if moments[0] * self.trainer.world_size >= MEASURED:
-                break
         count, total, squares = self.trainer.strategy.reduce(moments, reduce_op="sum").tolist()
         mean = total / count
         assert self.network is not None
@@ -154,4 +159,4 @@ class RewardModelModule(LightningModule):
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
-        return scheduled(self.optimizer_factory(self.parameters()), self.schedule, self.trainer)
+        return scheduled(self.optimizer_factory(trained_parameters(self)), self.schedule, self.trainer)

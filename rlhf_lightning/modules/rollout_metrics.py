@@ -8,15 +8,21 @@ from torch import Tensor
 from rlhf_lightning.functional.kl import kl_k3
 from rlhf_lightning.functional.masked import masked_sum
 from rlhf_lightning.modules.metrics import Means
+from rlhf_lightning.rollouts import mismatch
 from rlhf_lightning.rollouts.buffer import Rollout
 from rlhf_lightning.rollouts.collect import Responses
 
 UPDATE = (
     "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg", "loss/value_avg",
-    "val/clipfrac_avg", "val/ratio", "val/ratio_squared", "grad_norm",
+    "val/clipfrac_avg", "val/ratio", "val/ratio_squared", "grad_norm", *mismatch.MEANS, *mismatch.LOWEST, *mismatch.HIGHEST,
 )  # fmt: skip
 MODES = ("sampled", "greedy")
 EVALUATION = tuple(f"{mode}/{name}" for mode in MODES for name in ("score", "kl", "length", "truncated"))
+
+
+def update_means() -> Means:
+    """What an iteration's optimizer steps count."""
+    return Means(UPDATE, lowest=mismatch.LOWEST, highest=mismatch.HIGHEST)
 
 
 def rollout_means(rollout: Rollout, kl_coef: float, all_sum: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -48,7 +54,7 @@ def rollout_means(rollout: Rollout, kl_coef: float, all_sum: Callable[[Tensor], 
         "val/num_eos_tokens": (~rollout.truncated).float(),
     }
     stacked = torch.stack([x.sum().float() for x in per_response.values()])
-    count = all_sum(torch.tensor(float(len(rollout)), device=stacked.device))
+    count = all_sum(torch.tensor(float(len(rollout)), dtype=torch.float32, device=stacked.device))
     means = dict(zip(per_response, all_sum(stacked) / count, strict=True))
     variance = means.pop("objective/scores_squared") - means["objective/scores"].square()
     return {**means, "objective/scores_std": variance.clamp(min=0).sqrt(), "episodes": count}
@@ -66,9 +72,9 @@ def part_means(
     """
     means = {}
     for name, scores in parts.items():
-        counted = torch.tensor([float(scores.sum()), float(len(scores))], device=device)
+        counted = torch.tensor([float(scores.sum()), float(len(scores))], dtype=torch.float32, device=device)
         total, count = all_sum(counted).tolist()
-        means[f"rewards/{name}/mean"] = torch.tensor(total / count)
+        means[f"rewards/{name}/mean"] = torch.tensor(total / count, dtype=torch.float32)
     return means
 
 

@@ -17,7 +17,7 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.guard import StepGuard
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
-from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled
+from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled, trained_parameters
 from rlhf_lightning.modules.showing import Sample, as_samples, sampled_responses
 
 NAMES = ("loss", "entropy", "mean_token_accuracy")
@@ -60,7 +60,7 @@ class SFTModule(LightningModule):
     def forward(self, batch: SequenceBatch) -> PolicyOutput:
         """Log-probabilities of the supervised tokens."""
         assert self.policy is not None
-        return self.policy(batch.input_ids, batch.attention_mask, batch.response_mask)
+        return self.policy(batch.input_ids, batch.attention_mask, batch.response_mask, equal_weights=True)
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         loss, counted = self._loss(batch)
@@ -101,4 +101,4 @@ class SFTModule(LightningModule):
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
-        return scheduled(self.optimizer_factory(self.parameters()), self.schedule, self.trainer)
+        return scheduled(self.optimizer_factory(trained_parameters(self)), self.schedule, self.trainer)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.batches import PreferenceBatch, PromptBatch, SequenceBatch
 from rlhf_lightning.data.collate import pad_right
 from rlhf_lightning.generation.engine import SamplingParameters
-from rlhf_lightning.generation.transformers_engine import TransformersEngine
+from rlhf_lightning.generation.native import engine_for
 from rlhf_lightning.models.policy import PolicyNetwork
 from rlhf_lightning.models.sharding import gathered
 from rlhf_lightning.rollouts.collect import Responses, generate_responses
@@ -36,7 +36,7 @@ def sampled_responses(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         with gathered(policy):
-            return generate_responses(prompts, policy.network, tokenizer, TransformersEngine(), sampling)
+            return generate_responses(prompts, policy.network, tokenizer, engine_for(sampling), sampling)
 
 
 def prompt_batch(tokenizer: PreTrainedTokenizerBase, batch: SequenceBatch | PreferenceBatch, count: int) -> PromptBatch:

@@ -1,7 +1,7 @@
 """Several rewards at once."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.rewards.reward import Reward, Samples, checked_scores
@@ -21,6 +21,9 @@ class WeightedRewards(Reward):
     def prepare(self, device: torch.device | str) -> None:
         for reward in self.rewards:
             reward.prepare(device)
+
+    def networks(self) -> list[nn.Module]:
+        return [network for reward in self.rewards for network in reward.networks()]
 
     def score(self, samples: Samples) -> Tensor:
         self._parts = {}

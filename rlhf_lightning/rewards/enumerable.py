@@ -20,4 +20,4 @@ class EnumerableReward(Reward):
 
     def score(self, samples: Samples) -> Tensor:
         rows = zip(samples.prompts, samples.completion_ids, strict=True)
-        return torch.tensor([self.world.reward(prompt, ids) for prompt, ids in rows])
+        return torch.tensor([self.world.reward(prompt, ids) for prompt, ids in rows], dtype=torch.float32)

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lightning.errors import UserError, harmless
 from rlhf_lightning.rewards.reward import Reward, Samples, checked_scores
@@ -78,6 +78,9 @@ class GuardedReward(Reward):
         self.device = torch.device(device)
         self.reward.prepare(device)
 
+    def networks(self) -> list[nn.Module]:
+        return self.reward.networks()
+
     def parts(self) -> dict[str, Tensor]:
         return self.reward.parts()
 
@@ -135,6 +138,9 @@ class Iteration(Reward):
     def name(self) -> str:
         return self.guarded.name
 
+    def networks(self) -> list[nn.Module]:
+        return self.guarded.networks()
+
     def score(self, samples: Samples) -> Tensor:
         """The scores: every rank has them, or none.
 
@@ -148,7 +154,7 @@ class Iteration(Reward):
         for _ in range(guarded.plan.retries + 1):
             if scores is None:
                 scores, cause = guarded.attempt(samples, f"in iteration {self.number}")
-            failed = int(guarded.all_sum(torch.tensor(float(scores is None), device=guarded.device)))
+            failed = int(guarded.all_sum(torch.tensor(int(scores is None), device=guarded.device)))
             guarded.failures += failed
             if scores is not None and not failed:
                 guarded.in_a_row = 0

@@ -65,7 +65,7 @@ class FunctionReward(Reward):
         if isinstance(result, Tensor):
             return result
         try:
-            return torch.tensor([_number(x) for x in result])
+            return torch.tensor([_number(x) for x in result], dtype=torch.float32)
         except (TypeError, ValueError) as error:
             raise UserError(f"{self.name} returned something that is not a number: {error}") from error
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lightning.errors import UserError
 
@@ -39,6 +39,10 @@ class Reward(ABC):
 
     def prepare(self, device: torch.device | str) -> None:  # noqa: B027  (most rewards have nothing to load)
         """Load what is needed, on this device. Called once, before the first score."""
+
+    def networks(self) -> list[nn.Module]:
+        """Networks that it scores with, which may be in shards: whoever calls ``score`` gathers them first."""
+        return []
 
     def parts(self) -> dict[str, Tensor]:
         """What the last scores were made of, by name, shape (samples,) each; nothing for a single reward."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_lightning.data.chat import ensure_chat_template
@@ -13,6 +13,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.sharding import placed
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.reward import Reward, Samples
 
@@ -46,8 +47,12 @@ class RewardModelReward(Reward):
         self.tokenizer = load_tokenizer(self.path)
         repair_pad_token(self.tokenizer)
         ensure_chat_template(self.tokenizer)
-        self.model = Frozen(ScalarModel(load_scalar_model(self.spec, self.tokenizer))).to(device)
+        self.model = Frozen(ScalarModel(load_scalar_model(self.spec, self.tokenizer)))
         self.device = torch.device(device)
+        placed(self.model.network, self.device)
+
+    def networks(self) -> list[nn.Module]:
+        return [self.model.network] if self.model is not None else []
 
     def score(self, samples: Samples) -> Tensor:
         if self.model is None:
@@ -58,7 +63,7 @@ class RewardModelReward(Reward):
         ]
         # By length, so that a batch holds little padding.
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-        scores = torch.empty(len(sequences))
+        scores = torch.empty(len(sequences), dtype=torch.float32)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             scores[rows] = self._forward([sequences[i] for i in rows]).cpu()

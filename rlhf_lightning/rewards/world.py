@@ -20,4 +20,6 @@ class GoldReward(Reward):
 
     def score(self, samples: Samples) -> Tensor:
         rows = zip(samples.prompts, samples.completions, samples.truncated, strict=True)
-        return torch.tensor([self.world.gold(prompt, text, truncated=cut).reward for prompt, text, cut in rows])
+        return torch.tensor(
+            [self.world.gold(prompt, text, truncated=cut).reward for prompt, text, cut in rows], dtype=torch.float32
+        )

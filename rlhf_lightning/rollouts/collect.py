@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.functional.logprobs import response_mask_from_tokens
-from rlhf_lightning.generation.engine import GenerationEngine, SamplingParameters
+from rlhf_lightning.generation.engine import Generation, GenerationEngine, SamplingParameters
 from rlhf_lightning.models.actor_critic import ActorCritic, ActorCriticOutput
 from rlhf_lightning.models.export import eos_ids
 from rlhf_lightning.models.frozen import Frozen
@@ -26,6 +26,7 @@ class Responses:
         sequence_mask: True on response tokens. Same shape, bool.
         response_mask: Its last T columns. Shape (batch, T), bool.
         truncated: Shape (batch,), bool.
+        drawn: What the engine gave, log-probabilities and all; whatever follows the end of a response is still in it.
         samples: The same as text, for rewards and for people.
     """
 
@@ -34,6 +35,7 @@ class Responses:
     sequence_mask: Tensor
     response_mask: Tensor
     truncated: Tensor
+    drawn: Generation
     samples: Samples
 
 
@@ -47,7 +49,8 @@ def generate_responses(
     """Draw a response to every prompt and mark what counts of it."""
     ends = eos_ids(network, tokenizer)
     pad = int(tokenizer.pad_token_id)
-    tokens = engine.generate(network, batch.input_ids, batch.attention_mask, sampling, eos_ids=ends, pad_id=pad)
+    drawn = engine.generate(network, batch.input_ids, batch.attention_mask, sampling, eos_ids=ends, pad_id=pad)
+    tokens = drawn.tokens
     mask, truncated = response_mask_from_tokens(tokens, torch.tensor(ends, device=tokens.device))
     tokens = tokens.masked_fill(~mask, pad)
     prompt_mask = torch.zeros_like(batch.attention_mask)
@@ -67,6 +70,7 @@ def generate_responses(
         sequence_mask=torch.cat([prompt_mask, mask], dim=1),
         response_mask=mask,
         truncated=truncated,
+        drawn=drawn,
         samples=samples,
     )
 
@@ -81,6 +85,7 @@ def score_responses(
     temperature: float,
     micro_batch_size: int,
     most: int | None = None,
+    keep_logprobs: bool = False,
 ) -> Rollout:
     """Log-probabilities, values and rewards of sampled responses.
 
@@ -92,29 +97,35 @@ def score_responses(
         temperature: That of the sampling; divides policy's and reference's logits alike.
         micro_batch_size: Rows a forward.
         most: Forwards at most, where another rank has fewer rows; the last one then takes what is left.
+        keep_logprobs: Take the engine's log-probabilities for the policy's, rather than compute them a second time.
 
     Returns:
         The rollout, without advantages.
     """
-    width = responses.response_mask.shape[1]
+    mask, drawn = responses.response_mask, responses.drawn
+    keep = keep_logprobs and drawn.logprobs is not None and drawn.entropy is not None
     policy: list[ActorCriticOutput] = []
     ref: list[Tensor] = []
-    every = torch.arange(len(responses.truncated), device=responses.input_ids.device)
-    for rows in parts(every, micro_batch_size, most):
+    for rows in parts(torch.arange(len(mask), device=mask.device), micro_batch_size, most):
         inputs = (responses.input_ids[rows], responses.attention_mask[rows], responses.sequence_mask[rows])
-        policy.append(model(*inputs, temperature=temperature))
+        policy.append(model(*inputs, temperature=temperature, values_only=keep))
         ref.append(reference(*inputs, temperature=temperature).logprobs)
-    zeros = torch.zeros(responses.response_mask.shape, device=responses.input_ids.device)
+    logprobs, entropy, values = (torch.cat(columns)[:, -mask.shape[1] :] for columns in zip(*policy, strict=True))
+    if keep:
+        assert drawn.logprobs is not None
+        assert drawn.entropy is not None
+        logprobs, entropy = (x.masked_fill(~mask, 0) for x in (drawn.logprobs, drawn.entropy))
+    zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     return Rollout(
         input_ids=responses.input_ids,
         attention_mask=responses.attention_mask,
         sequence_mask=responses.sequence_mask,
-        response_mask=responses.response_mask,
+        response_mask=mask,
         truncated=responses.truncated,
-        logprobs=torch.cat([p.logprobs for p in policy])[:, -width:],
-        ref_logprobs=torch.cat(ref)[:, -width:],
-        entropy=torch.cat([p.entropy for p in policy])[:, -width:],
-        values=torch.cat([p.values for p in policy])[:, -width:],
+        logprobs=logprobs,
+        ref_logprobs=torch.cat(ref)[:, -mask.shape[1] :],
+        entropy=entropy,
+        values=values,
         scores=checked_scores(reward, responses.samples).to(zeros.device),
         advantages=zeros,
         returns=zeros,

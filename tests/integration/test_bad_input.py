@@ -3,15 +3,24 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 
 from rlhf_lightning.cli import main
+from rlhf_lightning.data.demonstrations import DemonstrationDataModule
+from rlhf_lightning.data.splits import Split
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.export import export_folder
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.worlds import world_tokenizer
+from rlhf_lightning.modules import PPOModule, SFTModule
+from rlhf_lightning.modules.handoff import shard_if_asked
+from rlhf_lightning.rewards.world import GoldReward
+from rlhf_lightning.worlds import HHHWorld, world_tokenizer
 
 ARCHITECTURE = {
     "model_type": "llama",
@@ -49,12 +58,17 @@ def refused(capsys, *args: str) -> str:
     return last
 
 
+def policy_folder(folder):
+    """A policy that nobody trained."""
+    tokenizer = world_tokenizer()
+    if not (folder / "policy").exists():
+        export_folder(load_causal_lm(ModelSpec(architecture=ARCHITECTURE), tokenizer), tokenizer, folder / "policy")
+    return folder / "policy"
+
+
 def from_file(path, run, *more: str) -> list[str]:
     """SFT from a file, with a policy whose tokenizer serves."""
-    tokenizer = world_tokenizer()
-    policy = run.parent / "policy"
-    if not policy.exists():
-        export_folder(load_causal_lm(ModelSpec(architecture=ARCHITECTURE), tokenizer), tokenizer, policy)
+    policy = policy_folder(run.parent)
     args = ["fit", "--model", "SFTModule", "--model.policy.path", str(policy)]
     args += ["--data", "DemonstrationDataModule", "--data.source", str(path), "--data.split.validation=0"]
     return [*args, *QUICK[:-2], "--trainer.default_root_dir", str(run), *more]
@@ -189,6 +203,66 @@ def test_a_policy_and_a_reward_model_that_read_text_differently_are_refused(tmp_
     said = refused(capsys, *args, "--model.reference.path", str(tmp_path / "other"))
     assert "tokenizer" in said
     assert str(tmp_path / "other") in said
+
+
+PPO = [
+    "--model.reward",
+    "GoldReward",
+    "--model.reward.world",
+    "HHHWorld",
+    "--model.critic",
+    "null",
+    "--model.sampling.max_new_tokens",
+    "4",
+]
+
+
+def ppo_on_the_world(tmp_path, *more):
+    """A command line of PPO with a policy that nobody trained."""
+    args = from_file("unused", tmp_path / "run", *more)
+    args[2] = "PPOModule"
+    args[args.index("DemonstrationDataModule")] = "PromptDataModule"
+    args[args.index("unused")] = "HHHWorld"
+    args.remove("--data.split.validation=0")
+    return [*args, "--data.source.prompts", "8", "--data.batch_size", "4", *PPO]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [("accumulate_grad_batches", "2", "accumulation"), ("gradient_clip_val", "1.0", "gradient clipping")],
+)
+def test_flags_of_a_trainer_that_does_not_step_are_refused_before_the_first(tmp_path, capsys, flag, value, words):
+    said = refused(capsys, *ppo_on_the_world(tmp_path, f"--trainer.{flag}", value))
+    assert words in said
+    assert "manual optimization" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_rows_than_ranks_are_refused(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "who", "completion": "anna"}) + "\n")
+    data = DemonstrationDataModule(str(path), str(policy_folder(tmp_path)), batch_size=2, split=Split(validation=0))
+    data.prepare_data()
+    data.setup("fit")
+    data.trainer = SimpleNamespace(
+        world_size=2,
+        global_rank=0,
+        accumulate_grad_batches=1,
+        _accelerator_connector=SimpleNamespace(use_distributed_sampler=False),
+    )
+    with pytest.raises(UserError, match=r"1 rows can't be shared by 2 ranks: .*trainer\.devices"):
+        data.train_dataloader()
+
+
+def test_fsdp1_is_refused_where_a_module_steps_its_own_optimizer():
+    """Lightning makes no such strategy without a GPU, so the check is asked alone."""
+    ppo: Any = PPOModule(ModelSpec(architecture=ARCHITECTURE), None, GoldReward(HHHWorld()))
+    sft: Any = SFTModule(ModelSpec(architecture=ARCHITECTURE))
+    for module in (ppo, sft):
+        module._trainer = SimpleNamespace(strategy=FSDPStrategy())
+    with pytest.raises(UserError, match=r"PPOModule steps its own optimizer.*fsdp2\.yaml"):
+        shard_if_asked(ppo, torch.nn.Linear(1, 1))
+    shard_if_asked(sft, torch.nn.Linear(1, 1))
 
 
 def test_from_the_shell_a_mistake_is_one_line_and_exit_code_two(tmp_path):

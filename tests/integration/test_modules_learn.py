@@ -110,6 +110,28 @@ def test_dpo_overfits_eight_pairs_and_leaves_the_reference_alone(base, loss):
         torch.testing.assert_close(weight, untouched[name], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_ppo_in_half_precision_samples_and_scores_alike(base, precision):
+    """Engine and update round differently, by hundredths of a nat; a wrong mask or position would show as tenths."""
+    seen = []
+    module = PPOModule(
+        ModelSpec(path=str(base / "policy")),
+        ModelSpec(path=str(base / "reward")),
+        FunctionReward(count_green),
+        sampling=SamplingParameters(max_new_tokens=6),
+        update=PPOUpdate(epochs=1, minibatch_size=64),
+        optimizer=adam(3e-3),
+    )
+    update = module.update_means.update
+    module.update_means.update = lambda values: (seen.append(values), update(values))
+    data = PromptDataModule(Rows(WORLD.load("prompts")["train"]), batch_size=64, split=Split(validation=0))
+    fit(module, data, base, max_steps=3, precision=precision)
+    name = "sampling/sampling_logp_difference/max"
+    apart = [float(v[name][0]) for v in seen if name in v]
+    assert 0 < max(apart) < 0.1
+    assert all(v["grad_norm"][0] > 0 for v in seen if "grad_norm" in v)
+
+
 def count_green(completions):
     return [c[0]["content"].split().count("green") for c in completions]
 
@@ -164,7 +186,9 @@ def test_ppos_first_minibatch_has_ratio_one_and_no_clipping(base):
     module.update_means.update = lambda values: (seen.append(values), update(values))
     data = PromptDataModule(Rows(WORLD.load("prompts")["train"]), batch_size=64, split=Split(validation=0))
     fit(module, data, base, max_steps=1)
-    ratio, tokens = seen[0]["val/ratio"]
+    apart, first = seen[:2]  # the engine's log-probabilities against the forward's, and what the first step counted
+    assert 0 < apart["sampling/sampling_logp_difference/max"][0].item() < 1e-4
+    ratio, tokens = first["val/ratio"]
     assert (ratio / tokens).item() == pytest.approx(1, abs=1e-5)
-    assert seen[0]["policy/approxkl_avg"][0].item() == pytest.approx(0, abs=1e-6)
-    assert seen[0]["policy/clipfrac_avg"][0].item() == 0
+    assert first["policy/approxkl_avg"][0].item() == pytest.approx(0, abs=1e-6)
+    assert first["policy/clipfrac_avg"][0].item() == 0

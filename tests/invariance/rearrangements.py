@@ -25,6 +25,7 @@ class Arrangement:
         filler: What padding holds: the pad id, EOS, or any valid ids; and then NaN where it holds numbers.
         order: Of the rows; within each step.
         micro: Rows a forward, on one rank.
+        packed: Rows are laid end to end inside the networks; otherwise their padding goes through them.
     """
 
     before: int = 0
@@ -33,6 +34,7 @@ class Arrangement:
     filler: Literal["pad", "eos", "garbage"] = "pad"
     order: tuple[int, ...] = IN_ORDER
     micro: int = STEP
+    packed: bool = True
 
     def permuted(self, step: int) -> list[int]:
         """The rows of an optimizer step."""
@@ -40,7 +42,6 @@ class Arrangement:
 
 
 PLAIN = Arrangement()
-# A packed row would be one more arrangement: `packed: bool`, read in `lay_out`.
 REARRANGEMENTS: dict[str, Arrangement] = {
     # trl#2022, #6809: entropy and approxkl summed or averaged over padding, so that they fell as the batch got wider.
     "padding on the right": Arrangement(after=3),
@@ -58,6 +59,8 @@ REARRANGEMENTS: dict[str, Arrangement] = {
     # trl#2617, #6024; OpenRLHF#1249; ms-swift#10117: means of micro-batch means; division by the accumulation twice.
     "micro-batches of one": Arrangement(micro=1),
     "micro-batches of two": Arrangement(micro=2),
+    # transformers with reset positions and use_cache: what stands before a row in its pack is seen by it.
+    "padded networks": Arrangement(packed=False),
     "micro-batches of two in another order, padded": Arrangement(
         micro=2, order=(1, 0, 3, 2, 7, 6, 5, 4, 9, 10, 8), before=1, after=1, filler="garbage"
     ),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,13 +20,20 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_lightning.data.chat import ensure_chat_template
 from rlhf_lightning.data.collate import PlannedRows, PreferenceCollator, PromptCollator, SequenceCollator, pad_right
 from rlhf_lightning.data.sampler import BucketBatchSampler
-from rlhf_lightning.generation.engine import GenerationEngine, SamplingParameters
+from rlhf_lightning.generation.engine import Generation, GenerationEngine, SamplingParameters
 from rlhf_lightning.losses import BradleyTerryLoss, DPOLoss, IPOLoss, PPOLoss
 from rlhf_lightning.models.export import export_folder
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.modules import DPOModule, PPOModule, RewardModelModule, SFTModule
-from rlhf_lightning.modules.optimization import Schedule
+from rlhf_lightning.modules import (
+    DPOModule,
+    PPOModule,
+    RewardModelModule,
+    SFTModule,
+    strategies,  # noqa: F401  (fsdp2)
+)
+from rlhf_lightning.modules.handoff import shard_if_asked
+from rlhf_lightning.modules.optimization import Schedule, whole
 from rlhf_lightning.modules.ppo import PPOUpdate
 from rlhf_lightning.rewards.function import FunctionReward
 from rlhf_lightning.rollouts.buffer import Rollout
@@ -114,7 +121,7 @@ class Answers(GenerationEngine):
 
     def generate(self, network, input_ids, attention_mask, sampling, *, eos_ids, pad_id):
         answers = [self.known[tuple(row[real].tolist())] for row, real in zip(input_ids, attention_mask, strict=True)]
-        return pad_right(answers, pad_id)[0]
+        return Generation(pad_right(answers, pad_id)[0])
 
 
 def scored(number: list[int], completion_ids: list[list[int]]) -> list[float]:
@@ -150,18 +157,25 @@ def sgd(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
     return lambda params: torch.optim.SGD(params, lr=lr)
 
 
+ATTENTION = {True: None, False: "eager"}  # rows are laid end to end where nobody asks for an attention of their own
+
+
+def spec(architecture: dict[str, Any], arrangement: Arrangement) -> ModelSpec:
+    return ModelSpec(architecture=architecture, attn_implementation=ATTENTION[arrangement.packed])
+
+
 def build_sft(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
-    return SFTModule(ModelSpec(architecture=architecture), optimizer=sgd(0.05))
+    return SFTModule(spec(architecture, arrangement), optimizer=sgd(0.05))
 
 
 def build_reward_model(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
     loss = BradleyTerryLoss(centering_coef=0.05, margin_scale=0.7)
-    return RewardModelModule(ModelSpec(architecture=architecture), loss, optimizer=sgd(0.005), normalise=False)
+    return RewardModelModule(spec(architecture, arrangement), loss, optimizer=sgd(0.005), normalise=False)
 
 
 def build_dpo(loss: Any, lr: float) -> Callable[[dict[str, Any], str, Arrangement], pl.LightningModule]:
     def build(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
-        return DPOModule(ModelSpec(architecture=architecture), loss, optimizer=sgd(lr))
+        return DPOModule(spec(architecture, arrangement), loss, optimizer=sgd(lr))
 
     return build
 
@@ -169,8 +183,8 @@ def build_dpo(loss: Any, lr: float) -> Callable[[dict[str, Any], str, Arrangemen
 def build_ppo(critic: bool) -> Callable[[dict[str, Any], str, Arrangement], pl.LightningModule]:
     def build(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
         module = PPOModule(
-            ModelSpec(architecture=architecture),
-            ModelSpec(path=scalar) if critic else None,
+            spec(architecture, arrangement),
+            ModelSpec(path=scalar, attn_implementation=ATTENTION[arrangement.packed]) if critic else None,
             FunctionReward(scored),
             kl=AdaptiveKL(init=0.2, target=1.0, horizon=50),
             sampling=SamplingParameters(max_new_tokens=LONGEST, temperature=0.7),
@@ -235,7 +249,7 @@ class Gradients(pl.Callback):
         self.steps: list[dict[str, Tensor]] = []
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self.steps.append({k: p.grad.clone() for k, p in pl_module.named_parameters() if p.grad is not None})
+        self.steps.append({k: whole(p.grad).clone() for k, p in pl_module.named_parameters() if p.grad is not None})
 
 
 @dataclass(frozen=True)
@@ -310,17 +324,32 @@ def accumulation(subject: Subject, arrangement: Arrangement, world: int) -> int:
     return 1 if subject.online else max(1, STEP // (arrangement.micro * world))
 
 
+def sharded(module: Any) -> None:
+    """As ``configure_model`` does it, for a module that is configured already."""
+    for network in (getattr(module, "actor_critic", None) or getattr(module, "policy", None) or module.network,):
+        shard_if_asked(module, network)
+    if hasattr(module, "reference"):
+        shard_if_asked(module, module.reference.network)
+
+
 def run(
-    subject: Subject, architecture: str, scalar: str, arrangement: Arrangement, world: int = 1, rank: int = 0
+    subject: Subject,
+    architecture: str,
+    scalar: str,
+    arrangement: Arrangement,
+    world: int = 1,
+    rank: int = 0,
+    strategy: str = "ddp",
 ) -> Trace:
     """Two optimizer steps (PPO: two iterations) and a validation under a real Trainer."""
     pl.seed_everything(0, verbose=False)
     module = configured(subject, architecture, scalar, arrangement)
+    module.configure_model = partial(sharded, module)
     memory, gradients = Memory(), Gradients()
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=world,
-        strategy="ddp" if world > 1 else "auto",
+        strategy=strategy if world > 1 else "auto",
         max_epochs=1,
         accumulate_grad_batches=accumulation(subject, arrangement, world),
         logger=memory,
@@ -335,7 +364,7 @@ def run(
     rows: Any = batches(subject, arrangement, rank, world)
     loader = DataLoader(rows, batch_size=None, collate_fn=lambda batch: batch)
     trainer.fit(module, loader, loader)
-    weights = {name: value.clone() for name, value in module.state_dict().items()}
+    weights = {name: whole(value).clone() for name, value in module.state_dict().items()}
     return Trace(memory.rows, gradients.steps, weights)
 
 

@@ -45,11 +45,16 @@ def test_the_plain_run_has_something_to_get_wrong(subject, architecture, scalar)
         assert min(float(g.abs().max()) for g in gradients.values()) > 1e-5
     telling = {name for row in plain.logged for name, value in row.items() if value not in (0, 1)}
     silent = {name for row in plain.logged for name in row} - telling
-    assert silent <= {"train/epoch", "train/early_stop", "train/rewards/failures", "train/rewards/skipped_iterations"}
+    # The engine of these runs keeps no log-probabilities: those of the rollout are the policy's own, bit for bit.
+    told = {f"train/sampling/sampling_logp_difference/{kind}" for kind in ("mean", "max")}
+    rare = {"train/epoch", "train/early_stop", "train/rewards/failures", "train/rewards/skipped_iterations"}
+    assert silent <= told | rare
 
 
 @pytest.mark.parametrize(("subject", "layout"), CASES)
 def test_nothing_depends_on_the_layout(subject, layout, architecture, scalar):
     rtol = 1e-9 if SUBJECTS[subject].dtype == torch.float64 else 1e-5
+    if not REARRANGEMENTS[layout].packed:
+        rtol = 3e-5  # another attention, which takes its softmax in float32 always
     got = run(SUBJECTS[subject], architecture, scalar, REARRANGEMENTS[layout])
     assert_same(got, plain_run(subject, architecture, scalar), rtol=rtol)

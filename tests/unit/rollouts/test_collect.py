@@ -5,7 +5,7 @@ import torch
 
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.generation.engine import GenerationEngine, SamplingParameters
+from rlhf_lightning.generation.engine import Generation, GenerationEngine, SamplingParameters
 from rlhf_lightning.generation.transformers_engine import TransformersEngine
 from rlhf_lightning.models.actor_critic import ActorCritic
 from rlhf_lightning.models.frozen import Frozen
@@ -21,7 +21,7 @@ class Told(GenerationEngine):
 
     def generate(self, network, input_ids, attention_mask, sampling, *, eos_ids, pad_id):
         self.eos_ids = eos_ids
-        return self.tokens
+        return Generation(self.tokens)
 
 
 PROMPTS = [[4, 5, 6], [7], [8, 9], [10, 11, 4]]

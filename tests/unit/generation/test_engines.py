@@ -8,7 +8,9 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaCon
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import SamplingParameters
+from rlhf_lightning.generation.native import NativeEngine
 from rlhf_lightning.generation.transformers_engine import TransformersEngine
+from rlhf_lightning.models.attention import use_rows
 
 PAD, VOCABULARY = 0, 12
 NEVER = [VOCABULARY]  # an end that is never drawn
@@ -28,7 +30,13 @@ def network(request):
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(std=0.35, generator=generator)
-    return model.eval()
+    use_rows(model.eval())
+    return model
+
+
+@pytest.fixture(params=[NativeEngine, TransformersEngine])
+def engine(request):
+    return request.param()
 
 
 def left_padded(extra=0, garbage=PAD):
@@ -48,25 +56,25 @@ def greedy_by_hand(network, prompt, steps, ends):
     return ids[len(prompt) :]
 
 
-def generate(network, sampling, ends=(), **layout):
-    return TransformersEngine().generate(network, *left_padded(**layout), sampling, eos_ids=list(ends), pad_id=PAD)
+def generate(engine, network, sampling, ends=(), **layout):
+    return engine.generate(network, *left_padded(**layout), sampling, eos_ids=list(ends), pad_id=PAD).tokens
 
 
 GREEDY = SamplingParameters(max_new_tokens=8, temperature=0.0)
 
 
 @pytest.mark.parametrize("layout", [{}, {"extra": 3}, {"extra": 3, "garbage": 11}])
-def test_greedy_is_the_argmax_loop_whatever_the_padding(network, layout):
-    tokens = generate(network, GREEDY, ends=NEVER, **layout)
+def test_greedy_is_the_argmax_loop_whatever_the_padding(engine, network, layout):
+    tokens = generate(engine, network, GREEDY, ends=NEVER, **layout)
     expected = [greedy_by_hand(network, prompt, 8, []) for prompt in PROMPTS]
     assert tokens.tolist() == expected
     assert len({tuple(row) for row in expected}) > 1
 
 
-def test_a_response_stops_at_any_of_its_ends_and_is_padded_from_there(network):
+def test_a_response_stops_at_any_of_its_ends_and_is_padded_from_there(engine, network):
     free = [greedy_by_hand(network, prompt, 8, []) for prompt in PROMPTS]
     ends = [free[0][1], free[1][3]]
-    tokens = generate(network, GREEDY, ends=ends)
+    tokens = generate(engine, network, GREEDY, ends=ends)
     lengths = []
     for row, prompt in zip(tokens.tolist(), PROMPTS, strict=True):
         alone = greedy_by_hand(network, prompt, 8, ends)
@@ -77,14 +85,14 @@ def test_a_response_stops_at_any_of_its_ends_and_is_padded_from_there(network):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_first_tokens_are_as_frequent_as_the_softmax_says(network, temperature):
+def test_first_tokens_are_as_frequent_as_the_softmax_says(engine, network, temperature):
     draws, prompt = 6000, torch.tensor([PROMPTS[0]])
     with torch.no_grad():
         p = torch.softmax(network(input_ids=prompt).logits[0, -1] / temperature, -1)
     torch.manual_seed(0)
     ids = prompt.expand(draws, -1)
     sampling = SamplingParameters(max_new_tokens=1, temperature=temperature)
-    tokens = TransformersEngine().generate(network, ids, torch.ones_like(ids).bool(), sampling, eos_ids=[2], pad_id=PAD)
+    tokens = engine.generate(network, ids, torch.ones_like(ids).bool(), sampling, eos_ids=[2], pad_id=PAD).tokens
     share = torch.bincount(tokens[:, 0], minlength=VOCABULARY) / draws
     common = p > 0.005  # at least thirty draws are expected: rarer ones are not normally distributed
     assert ((share - p).abs() / (p * (1 - p) / draws).sqrt())[common].max() < 3.5  # the worst of a dozen
@@ -92,7 +100,7 @@ def test_first_tokens_are_as_frequent_as_the_softmax_says(network, temperature):
     assert common.sum() > 5  # top-k or top-p of a few tokens would show
 
 
-def test_top_k_and_top_p_cut_the_distribution(network):
+def test_top_k_and_top_p_cut_the_distribution(engine, network):
     prompt = torch.tensor([PROMPTS[0]])
     with torch.no_grad():
         p = torch.softmax(network(input_ids=prompt).logits[0, -1], -1)
@@ -104,16 +112,14 @@ def test_top_k_and_top_p_cut_the_distribution(network):
         (SamplingParameters(max_new_tokens=1, top_k=3), 3),
         (SamplingParameters(max_new_tokens=1, top_p=0.6), nucleus),
     ]:
-        tokens = TransformersEngine().generate(
-            network, ids, torch.ones_like(ids).bool(), sampling, eos_ids=[2], pad_id=PAD
-        )
+        tokens = engine.generate(network, ids, torch.ones_like(ids).bool(), sampling, eos_ids=[2], pad_id=PAD).tokens
         assert set(tokens[:, 0].tolist()) == set(order[:kept])
 
 
-def test_the_generation_config_of_the_folder_is_kept_and_changes_nothing(network):
-    expected = generate(network, GREEDY, ends=NEVER)
+def test_the_generation_config_of_the_folder_is_kept_and_changes_nothing(engine, network):
+    expected = generate(engine, network, GREEDY, ends=NEVER)
     torch.manual_seed(1)
-    sampled = generate(network, SamplingParameters(max_new_tokens=8), ends=NEVER)
+    sampled = generate(engine, network, SamplingParameters(max_new_tokens=8), ends=NEVER)
     own = GenerationConfig(
         do_sample=True,
         top_k=1,
@@ -129,9 +135,9 @@ def test_the_generation_config_of_the_folder_is_kept_and_changes_nothing(network
     )
     network.generation_config = own
     before = copy.deepcopy(own.to_dict())
-    assert torch.equal(generate(network, GREEDY, ends=NEVER), expected)
+    assert torch.equal(generate(engine, network, GREEDY, ends=NEVER), expected)
     torch.manual_seed(1)
-    assert torch.equal(generate(network, SamplingParameters(max_new_tokens=8), ends=NEVER), sampled)
+    assert torch.equal(generate(engine, network, SamplingParameters(max_new_tokens=8), ends=NEVER), sampled)
     assert network.generation_config is own
     assert own.to_dict() == before
 
@@ -158,3 +164,15 @@ def test_only_untruncated_sampling_draws_from_the_policy_itself():
     assert SamplingParameters(temperature=0.7).samples_the_policy
     for other in ({"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 5}):
         assert not SamplingParameters(**other).samples_the_policy
+
+
+@pytest.mark.parametrize("network", ["llama"], indirect=True)
+def test_continuous_batching_answers_alike_and_leaves_the_network_as_it_was(network):
+    before = network.config._attn_implementation
+    expected = [greedy_by_hand(network, prompt, 8, []) for prompt in PROMPTS]
+    ends = [expected[0][1], expected[1][3]]
+    plain, continuous = (
+        generate(TransformersEngine(continuous_batching=on), network, GREEDY, ends=ends) for on in (False, True)
+    )
+    assert torch.equal(plain, continuous)
+    assert network.config._attn_implementation == before

@@ -1,0 +1,166 @@
+"""The language-model head over a list of positions, a chunk at a time: no tensor of all positions by the vocabulary."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_lightning.functional.token_scores import TokenScores, logit_gradient, token_scores
+
+# Logits made at a time. Larger chunks measured no faster on a CPU; a GPU wants its matrix products tall.
+CHUNK = {"cpu": 2**20, "cuda": 2**27}
+# Logits kept until the backward; those of further chunks are computed again.
+KEPT = {"cpu": 2**24, "cuda": 2**27}
+
+
+def head_logits(network: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits from hidden states, with the extra step that some architectures take after the linear head.
+
+    Args:
+        network: A causal language model.
+        hidden: Shape (..., hidden).
+
+    Returns:
+        Shape (..., vocabulary), in the model's dtype.
+    """
+    logits = network.get_output_embeddings()(hidden)
+    config = network.config.get_text_config()
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def head_scores(
+    network: PreTrainedModel,
+    hidden: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
+    equal_weights: bool = False,
+) -> TokenScores:
+    """Log-probability and entropy of one token a position.
+
+    Args:
+        network: A causal language model.
+        hidden: Last hidden states of the positions *before* the tokens. Shape (n, hidden).
+        tokens: Shape (n,), int64.
+        temperature: Divides the logits, > 0.
+        entropy_gradient: Let gradients flow through the entropy (for an entropy bonus).
+        equal_weights: The loss will weigh every log-probability alike, as the likelihood does. The gradients are then made
+            with the logits at hand; otherwise those beyond what may be kept are computed again for them.
+
+    Raises:
+        RuntimeError: In the backward pass, if weights that were said to be equal are not.
+    """
+    weights = [p for p in network.get_output_embeddings().parameters() if p.requires_grad]
+    device, vocabulary = "cuda" if hidden.is_cuda else "cpu", network.config.get_text_config().vocab_size
+    rows, kept = (max(limit[device] // vocabulary, 1) for limit in (CHUNK, KEPT))
+    trains = torch.is_grad_enabled() and (hidden.requires_grad or bool(weights))
+    job = _Job(
+        lambda h: head_logits(network, h),
+        tokens,
+        rows,
+        kept // rows,
+        temperature,
+        trains,
+        entropy_gradient,
+        equal_weights,
+    )
+    return TokenScores(*_HeadScores.apply(job, hidden, *weights))
+
+
+class _Job(NamedTuple):
+    logits: Callable[[Tensor], Tensor]
+    tokens: Tensor
+    rows: int
+    kept: int
+    temperature: float
+    trains: bool
+    entropy_gradient: bool
+    equal_weights: bool
+
+
+class _HeadScores(torch.autograd.Function):
+    """Scores in the forward; in the backward the gradient, from logits that were kept or are computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, job: _Job, hidden: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.job, ctx.kept, ctx.made = job, [], None
+        chunks = list(zip(hidden.split(job.rows), job.tokens.split(job.rows), strict=True))
+        sums = _Sums(hidden, weights) if job.trains and job.equal_weights else None
+        scores = []
+        for h, y in chunks:
+            leaf, logits = _leaf(job, h, job.trains)
+            scored, log_probs = token_scores(logits.detach(), y, temperature=job.temperature)
+            scores.append(scored)
+            if sums is not None:
+                gradient = logit_gradient(
+                    log_probs, y, torch.ones_like(scored.logprobs), scored.entropy, None, temperature=job.temperature
+                )
+                sums.add(leaf, logits, gradient)
+            elif job.trains and len(ctx.kept) < job.kept:
+                ctx.kept.append((leaf, logits, log_probs))
+        whole = TokenScores(*(torch.cat(parts) for parts in zip(*scores, strict=True)))
+        ctx.made = sums.result() if sums is not None else None
+        ctx.autocast = torch.is_autocast_enabled(hidden.device.type), torch.get_autocast_dtype(hidden.device.type)
+        if ctx.made is None:
+            ctx.save_for_backward(hidden, whole.entropy, *weights)
+        ctx.mark_non_differentiable(whole.greedy, whole.mean_logit, *([] if job.entropy_gradient else [whole.entropy]))
+        return tuple(whole)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        job = ctx.job
+        if ctx.made is not None:
+            scale = grads[0][:1]
+            if not bool((grads[0] == scale).all()):
+                raise RuntimeError("the log-probabilities were said to weigh alike in the loss, and do not")
+            return (None, *(made * scale.sum().to(made.dtype) for made in ctx.made))
+        hidden, entropy, *weights = ctx.saved_tensors
+        sums, enabled = _Sums(hidden, weights), ctx.autocast
+        kept, ctx.kept = ctx.kept, []  # good for once: their graphs are freed and their memory written over
+        entropy_grads = grads[1].split(job.rows) if job.entropy_gradient else None
+        parts = (x.split(job.rows) for x in (hidden, job.tokens, grads[0], entropy))
+        for number, (h, y, grad, known) in enumerate(zip(*parts, strict=True)):
+            with torch.autocast(hidden.device.type, enabled=enabled[0], dtype=enabled[1]):
+                leaf, logits, log_probs = kept.pop(0) if kept else _again(job, h, y)
+            entropy_grad = None if entropy_grads is None else entropy_grads[number]
+            sums.add(leaf, logits, logit_gradient(log_probs, y, grad, known, entropy_grad, temperature=job.temperature))
+        return (None, *sums.result())
+
+
+def _leaf(job: _Job, hidden: Tensor, needs: bool) -> tuple[Tensor, Tensor]:
+    """Logits with a graph of their own, so that a head of any make (with an adapter, say) gives its own gradient."""
+    leaf = hidden.detach().requires_grad_(needs)
+    with torch.set_grad_enabled(needs):
+        return leaf, job.logits(leaf)
+
+
+def _again(job: _Job, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    leaf, logits = _leaf(job, hidden, True)
+    return leaf, logits, token_scores(logits.detach(), tokens, temperature=job.temperature)[1]
+
+
+class _Sums:
+    """Gradients of the positions side by side, those of the weights added up."""
+
+    def __init__(self, hidden: Tensor, weights: Any) -> None:
+        self.hidden: list[Tensor] = []
+        self.weights = [torch.zeros_like(w) for w in weights]
+        self.inputs = list(weights)
+
+    def add(self, leaf: Tensor, logits: Tensor, gradient: Tensor) -> None:
+        made = torch.autograd.grad(logits, [leaf, *self.inputs], gradient.to(logits.dtype))
+        self.hidden.append(made[0])
+        for total, part in zip(self.weights, made[1:], strict=True):
+            total += part
+
+    def result(self) -> tuple[Tensor, ...]:
+        return (torch.cat(self.hidden), *self.weights)
