@@ -1,4 +1,4 @@
-"""Results of ``map`` kept on disk under a name made of everything they depend on."""
+"""Rows kept on disk, to be mapped into memory, under a name made of everything they depend on."""
 
 import hashlib
 import json
@@ -6,13 +6,15 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, Features, load_from_disk
 
+from rlhf_lightning.data.tables import RowWriter
 from rlhf_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,30 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
+def place_of(key: dict[str, Any], cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The folder for what depends on the key and on this package's code."""
+    whole = json.dumps({**key, "code": code_hash()}, sort_keys=True)
+    return cache_folder(cache_dir) / hashlib.sha256(whole.encode()).hexdigest()[:32]
+
+
+@contextmanager
+def working_beside(target: Path) -> Iterator[Path]:
+    """A folder of one's own to write in, removed afterwards.
+
+    Raises:
+        UserError: If it can't be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix="writing-", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"cache folder {target.parent} can't be written ({error}); set {CACHE_VARIABLE}") from error
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def cached_map(
     dataset: Dataset,
     function: Callable[[dict[str, list[Any]], list[int]], dict[str, list[Any]]],
@@ -67,18 +93,11 @@ def cached_map(
     Raises:
         UserError: If the cache folder can't be written.
     """
-    key = {"rows": dataset_hash(dataset), "code": code_hash(), "settings": settings, "features": repr(features)}
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    target = cache_folder(cache_dir) / name
+    target = place_of({"rows": dataset_hash(dataset), "settings": settings, "features": repr(features)}, cache_dir)
     cached = read_cached(target, len(dataset), features)
     if cached is not None:
         return cached
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix="writing-", dir=target.parent))
-    except OSError as error:
-        raise UserError(f"cache folder {target.parent} can't be written ({error}); set {CACHE_VARIABLE}") from error
-    try:
+    with working_beside(target) as work:
         processes = min(len(dataset) // ROWS_PER_PROCESS, len(os.sched_getaffinity(0)))
         mapped = dataset.map(
             function,
@@ -87,15 +106,55 @@ def cached_map(
             remove_columns=dataset.column_names,
             features=features,
             cache_file_name=str(work / "rows.arrow"),
-            new_fingerprint=name,  # spares pickling the tokenizer only to hash it
+            new_fingerprint=target.name,  # spares pickling the tokenizer only to hash it
             num_proc=processes if processes > 1 else None,
             desc="tokenizing",
         )
         mapped.save_to_disk(work / "dataset")
         publish(work / "dataset", target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return load_from_disk(target)
+
+
+def cached_rows(fill: Callable[[RowWriter], None], key: dict[str, Any], given: Features | None = None) -> Dataset:
+    """The rows that ``fill`` writes: few of them in memory, many in a file that is mapped, and written once.
+
+    Args:
+        fill: Writes them.
+        key: What they depend on beside code; plain data.
+        given: See :class:`RowWriter`.
+
+    Raises:
+        UserError: If the cache folder can't be written.
+    """
+    target = place_of(key)
+    cached = read_mapped(target)
+    if cached is not None:
+        return cached
+    with ExitStack() as stack:
+        writer = stack.enter_context(RowWriter(lambda: stack.enter_context(working_beside(target)), given))
+        fill(writer)
+        made = writer.finish()
+        if isinstance(made, pa.Table):
+            return Dataset(made)
+        whole = made.parent / "whole"
+        whole.mkdir()
+        made.rename(whole / f"{writer.rows}.arrow")
+        publish(whole, target)
+    return Dataset.from_file(str(next(target.iterdir())))
+
+
+def read_mapped(target: Path) -> Dataset | None:
+    """Rows that were written before, in a file that is named by their number; None where there are none."""
+    for path in target.glob("*.arrow"):
+        try:
+            cached = Dataset.from_file(str(path))
+            if len(cached) == int(path.stem):
+                return cached
+            reason = f"{len(cached)} rows where {path.stem} belong"
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            reason = str(error)
+        discard(target, reason)
+    return None
 
 
 def read_cached(target: Path, rows: int, features: Features) -> Dataset | None:
@@ -109,9 +168,14 @@ def read_cached(target: Path, rows: int, features: Features) -> Dataset | None:
         reason = f"{len(cached)} rows where {rows} belong"
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         reason = str(error)
+    discard(target, reason)
+    return None
+
+
+def discard(target: Path, reason: str) -> None:
+    """Remove what can't be read, aloud."""
     log.warning("cached rows at %s are damaged (%s); making them anew", target, reason)
     shutil.rmtree(target)
-    return None
 
 
 def publish(source: Path, target: Path) -> None:

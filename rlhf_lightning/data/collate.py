@@ -11,6 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf_lightning.batches import PreferenceBatch, PromptBatch, SequenceBatch
 from rlhf_lightning.data.sampler import BatchPlan
 
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # as TRL calls them
+
 
 class PlannedRows:
     """A dataset that is indexed by a :class:`BatchPlan` and hands its normaliser on to the collator."""
@@ -56,7 +58,16 @@ class PreferenceCollator:
             response_mask=attention & (torch.arange(ids.shape[1]) >= starts),
             margin=torch.tensor(columns["margin"], dtype=torch.float32),
             normalizer=torch.tensor(normalizer, dtype=torch.float32),
+            reference_logps=self._reference(columns),
         )
+
+    @staticmethod
+    def _reference(columns: dict[str, list[Any]]) -> Tensor | None:
+        """Of the chosen, then of the rejected responses; None where the rows have none."""
+        if any(name not in columns for name in REFERENCE_COLUMNS):
+            return None
+        chosen, rejected = (torch.tensor(columns[name], dtype=torch.float32) for name in REFERENCE_COLUMNS)
+        return torch.cat([chosen, rejected])
 
 
 @dataclass(frozen=True)

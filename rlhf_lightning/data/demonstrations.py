@@ -1,14 +1,14 @@
 """The data of supervised fine-tuning."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
-
-from datasets import Dataset
 
 from rlhf_lightning.data.collate import SequenceCollator
 from rlhf_lightning.data.module import RowsDataModule
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.data.splits import Split
-from rlhf_lightning.data.tokenization import tokenize_demonstrations
+from rlhf_lightning.data.tokenization import Tokenization, demonstrations
 
 
 class DemonstrationDataModule(RowsDataModule):
@@ -41,17 +41,14 @@ class DemonstrationDataModule(RowsDataModule):
             split: What is held out.
             num_workers: Processes that collate.
             seed: Of the order of the rows.
-            bucket_batches: So many batches' rows are sorted by length together: less padding, less randomness.
+            bucket_batches: So many optimizer steps' rows are sorted by length together: less padding, less randomness.
         """
         super().__init__(source, tokenizer, batch_size, format, split, num_workers, seed, bucket_batches)
         self.max_length = max_length
         self.mask: Literal["completion", "assistant", "all"] = mask
 
-    def tokenize(self, rows: Dataset) -> Dataset:
-        return tokenize_demonstrations(rows, self.tokenizer, mask=self.mask, max_length=self.max_length)
+    def tokenization(self) -> Callable[[], Tokenization]:
+        return partial(demonstrations, self.tokenizer, self.mask, self.max_length)
 
     def collator(self) -> SequenceCollator:
         return SequenceCollator(self.tokenizer.pad_token_id)
-
-    def weights(self, rows: Dataset) -> list[int]:
-        return list(rows["supervised"])

@@ -1,18 +1,21 @@
 """Local files and folders as datasets: every type gives the same rows, and no type guesses what text means."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import pandas
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetsError
 
-from rlhf_lightning.data.cache import cache_folder
-from rlhf_lightning.data.rows import TEXT_COLUMNS
-from rlhf_lightning.data.validation import check_csv, read_json
+from rlhf_lightning.data.cache import cache_folder, cached_rows
+from rlhf_lightning.data.csv_files import read_csv
+from rlhf_lightning.data.json_files import read_json
+from rlhf_lightning.data.rows import Row
+from rlhf_lightning.data.tables import from_rows as from_rows
+from rlhf_lightning.data.text_files import read_stories
 from rlhf_lightning.errors import UserError
 
 KINDS = {
@@ -75,14 +78,10 @@ def load_files(files: Sequence[Path], origin: Path, text_separator: str | None) 
         if not file.stat().st_size:
             raise UserError(f"{file} is empty")
     try:
-        if kind == "json":
-            return from_rows([row for file in files for row in read_json(file)])
-        if kind == "text":
-            return Dataset.from_dict(
-                {"text": [story for file in files for story in read_stories(file, text_separator)]}
-            )
-        if kind == "csv":
-            return concatenate_datasets([read_csv(file) for file in files])
+        if kind in ("json", "csv", "text"):
+            rows = chain.from_iterable(read_rows(file, text_separator) for file in files)
+            key = {"files": content_hash(files), "kind": kind, "separator": text_separator}
+            return cached_rows(lambda writer: writer.extend(rows), key)
         if kind == "arrow":
             return concatenate_datasets([Dataset.from_file(str(file)) for file in files])
         # datasets would answer from its cache for a file of the same name and time, whatever is in it now.
@@ -93,6 +92,18 @@ def load_files(files: Sequence[Path], origin: Path, text_separator: str | None) 
         raise UserError(f"{origin} can't be read as {kind}: {root_cause(error)}") from error
 
 
+def read_rows(path: Path, text_separator: str | None) -> Iterator[Row]:
+    """The rows of a file of text, one after the other.
+
+    Raises:
+        UserError: If it is damaged; names the line.
+    """
+    kind = KINDS[file_type(path)]
+    if kind == "text":
+        return read_stories(path, text_separator)
+    return read_csv(path) if kind == "csv" else read_json(path)
+
+
 def content_hash(files: Sequence[Path]) -> str:
     """Of what is in the files."""
     digest = hashlib.sha256()
@@ -100,30 +111,6 @@ def content_hash(files: Sequence[Path]) -> str:
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:32]
-
-
-def read_csv(path: Path) -> Dataset:
-    """The rows of a CSV file; what is text stays so, "007", "True" and "None" too, and only an empty field is missing."""
-    check_csv(path)
-    types = dict.fromkeys(TEXT_COLUMNS, str)
-    frame = pandas.read_csv(path, dtype=types, keep_default_na=False, na_values=[""], low_memory=False)
-    return Dataset.from_pandas(frame, preserve_index=False)
-
-
-def from_rows(rows: Sequence[dict[str, Any]]) -> Dataset:
-    """Rows as a dataset with every column that one of them has, null where it is absent; values of any kind may mix."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}, on_mixed_types="use_json")
-
-
-def read_stories(path: Path, separator: str | None) -> list[str]:
-    """Stories between separators; without a separator, paragraphs between blank lines."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): {error.reason}") from error
-    stories = [story.strip() for story in text.split("\n\n" if separator is None else separator)]
-    return [story for story in stories if story]
 
 
 def load_folder(path: Path, text_separator: str | None) -> DatasetDict:

@@ -9,13 +9,16 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features
 
 from rlhf_lightning.data import readers
+from rlhf_lightning.data.cache import cached_rows, dataset_hash
 from rlhf_lightning.data.messages import is_hh
 from rlhf_lightning.data.rows import Example, NoSignalError, Row
 from rlhf_lightning.data.sources import Kind
+from rlhf_lightning.data.tables import HELD_BYTES, RowWriter, collected
 from rlhf_lightning.data.views import VIEWS
 from rlhf_lightning.errors import UserError
 
@@ -42,7 +45,13 @@ class Format:
 
 
 ALPACA_OPTIONAL = ("input", "system", "history")
-DEMONSTRATION_COLUMNS = ("text", "messages", "prompt", "completion")
+# The columns of each kind: a row's own of that name give way to them.
+CANONICAL: dict[Kind, tuple[str, ...]] = {
+    "demonstrations": ("text", "messages", "prompt", "completion"),
+    "preferences": ("prompt", "chosen", "rejected"),
+    "prompts": ("prompt",),
+}
+BATCH = 1000  # rows converted together
 
 # The first that fits is taken, so those with more columns come first.
 FORMATS = (
@@ -115,26 +124,27 @@ def to_canonical(dataset: Dataset, kind: Kind, format: str | None = None, origin
     Raises:
         UserError: If no format fits, a row is malformed (names row and column), or no row is left.
     """
-    found = choose_format(dataset, format, origin)
-    taken = " (prompt and chosen answer)" if kind == "demonstrations" and "chosen" in found.columns else ""
-    log.info("%s: format %s, used for %s%s", origin, found.name, kind, taken)
-    used = [name for name in dataset.column_names if name in (*found.columns, *found.optional)]
-    converter = Converter(found, kind, origin)
-    kept, rows = converter.convert_all(dataset.select_columns(used))
-    if not rows:
-        raise UserError(f"{origin}: no row is left for {kind}: {converter.reasons()}")
-    if converter.dropped:
-        log.warning("%s: left out rows without anything to learn: %s", origin, converter.reasons())
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    canonical = Dataset.from_dict(columns, on_mixed_types="use_json")  # of tool calls no two need have the same keys
-    # Alpaca's rows repeat themselves in a column "text": it is not to be taken for what is learnt.
-    mistakable = DEMONSTRATION_COLUMNS if kind == "demonstrations" else ()
-    taken_care_of = {*used, *rows[0], *mistakable}
-    others = dataset.remove_columns([name for name in dataset.column_names if name in taken_care_of])
-    if not others.column_names:
-        return canonical
-    others = others.select(kept).flatten_indices(keep_in_memory=True) if len(kept) < len(others) else others
-    return concatenate_datasets([canonical, others], axis=1)
+    converter = Converter(choose_format(dataset, format, origin), kind, origin)
+    converter.announce()
+    used, others = converter.divide(dataset.column_names)
+    given = Features({name: dataset.features[name] for name in others})
+
+    def fill(writer: RowWriter) -> None:
+        beside = dataset.select_columns(others).with_format("arrow").iter(BATCH)
+        for number, columns in enumerate(dataset.select_columns(used).iter(BATCH)):
+            kept, rows = converter.convert_all(columns, first=number * BATCH)
+            table = next(beside) if others else None
+            if rows:
+                writer.write(rows, table.take(kept) if table is not None else None)
+        if not writer.rows:
+            raise UserError(f"{origin}: no row is left for {kind}: {converter.reasons()}")
+        if converter.dropped:
+            log.warning("%s: left out rows without anything to learn: %s", origin, converter.reasons())
+
+    if dataset.data.nbytes <= HELD_BYTES:
+        return collected(fill, given)
+    settings = {"format": converter.format.name, "kind": kind}
+    return cached_rows(fill, {"rows": dataset_hash(dataset), **settings}, given)
 
 
 def choose_format(dataset: Dataset, name: str | None, origin: str) -> Format:
@@ -165,19 +175,42 @@ class Converter:
         self.dropped: Counter[str] = Counter()
         self.shape = ""
 
-    def convert_all(self, dataset: Dataset) -> tuple[list[int], list[Row]]:
-        """Indices of the rows that are kept, and their canonical columns."""
+    def announce(self) -> None:
+        """Say what the rows are taken for."""
+        pairs = self.kind == "demonstrations" and "chosen" in self.format.columns
+        taken = " (prompt and chosen answer)" if pairs else ""
+        log.info("%s: format %s, used for %s%s", self.origin, self.format.name, self.kind, taken)
+
+    def divide(self, columns: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The columns that the format uses, and the others, which stay as they are."""
+        used = [name for name in columns if name in (*self.format.columns, *self.format.optional)]
+        # Alpaca's rows repeat themselves in a column "text": it is not to be taken for what is learnt.
+        return used, [name for name in columns if name not in (*used, *CANONICAL[self.kind])]
+
+    def convert_all(self, columns: dict[str, list[Any]], first: int = 0) -> tuple[list[int], list[Row]]:
+        """Places in this batch of the rows that are kept, and their canonical columns; ``first`` numbers its first row."""
         kept: list[int] = []
         rows: list[Row] = []
-        for index, row in enumerate(dataset):
-            try:
-                rows.append(self.convert(row))
-                kept.append(index)
-            except NoSignalError as reason:
-                self.dropped[str(reason)] += 1
-            except UserError as error:
-                raise UserError(f"{self.origin}, row {index + 1} (read as {self.format.name}): {error}") from error
+        for place, values in enumerate(zip(*columns.values(), strict=True)):
+            row = self.try_row(dict(zip(columns, values, strict=True)), f"{self.origin}, row {first + place + 1}")
+            if row is not None:
+                rows.append(row)
+                kept.append(place)
         return kept, rows
+
+    def try_row(self, row: Row, place: str) -> Row | None:
+        """The canonical columns of one row, or None if there is nothing to learn from it, which is counted.
+
+        Raises:
+            UserError: If it is malformed; names its place.
+        """
+        try:
+            return self.convert(row)
+        except NoSignalError as reason:
+            self.dropped[str(reason)] += 1
+            return None
+        except UserError as error:
+            raise UserError(f"{place} (read as {self.format.name}): {error}") from error
 
     def convert(self, row: Row) -> Row:
         """The canonical columns of one row, which must be like the first: text throughout, or messages throughout."""

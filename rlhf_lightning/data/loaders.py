@@ -1,14 +1,16 @@
 """Data loaders over tokenized rows, and where in a run they are."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from rlhf_lightning.data.collate import PlannedRows
+from rlhf_lightning.data.limits import numbers
 from rlhf_lightning.data.sampler import BucketBatchSampler
 from rlhf_lightning.errors import UserError
 
@@ -32,7 +34,10 @@ def placement(trainer: Any) -> Placement:
         return Placement()
     if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
         raise UserError("the data modules shard rows by rank themselves; set trainer.use_distributed_sampler to false")
-    return Placement(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
+    share = trainer.distributed_sampler_kwargs  # ranks under tensor parallelism have the same rows
+    if share is None:
+        return Placement(accumulate=trainer.accumulate_grad_batches)
+    return Placement(share["rank"], share["num_replicas"], trainer.accumulate_grad_batches)
 
 
 def whereabouts(trainer: Any) -> tuple[int, int]:
@@ -78,7 +83,7 @@ def make_loader(
     seed: int,
     place: Placement,
     num_workers: int,
-    weights: list[int],
+    weights: Sequence[int] | np.ndarray,
     bucket_batches: int,
 ) -> RowLoader:
     """A loader over one split.
@@ -92,10 +97,10 @@ def make_loader(
         place: Rank, world size, accumulation.
         num_workers: Processes that collate.
         weights: What each row adds to the denominator of the loss.
-        bucket_batches: How many batches' rows are sorted by length together.
+        bucket_batches: How many optimizer steps' rows are sorted by length together.
     """
     sampler = BucketBatchSampler(
-        list(rows["length"]),
+        numbers(rows, "length"),
         weights,
         batch_size=batch_size,
         shuffle=shuffle,

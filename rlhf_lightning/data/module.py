@@ -1,5 +1,6 @@
 """What the three data modules share: find the tokenizer, load and split the rows, tokenize once, hand out loaders."""
 
+import hashlib
 import logging
 from abc import abstractmethod
 from collections.abc import Callable
@@ -7,13 +8,19 @@ from functools import partial
 from typing import Any, ClassVar
 
 import lightning
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data.cache import dataset_hash
+from rlhf_lightning.data.chunks import make_reading
+from rlhf_lightning.data.limits import numbers
 from rlhf_lightning.data.loaders import RowLoader, make_loader, placement, whereabouts
 from rlhf_lightning.data.sources import Kind, Source
 from rlhf_lightning.data.splits import Split, find_tokenizer, load_splits
+from rlhf_lightning.data.streaming import Known, StreamLoader, check_stream
+from rlhf_lightning.data.streams import StreamSource
+from rlhf_lightning.data.tokenization import Tokenization
 
 log = logging.getLogger(__name__)
 
@@ -46,18 +53,16 @@ class RowsDataModule(lightning.LightningDataModule):
         self.bucket_batches = bucket_batches
         self.rows: dict[str, Dataset] = {}
         self._fingerprint: dict[str, Any] = {}
+        self._stream: StreamLoader | None = None
+        self._known: Known | None = None
 
     @abstractmethod
-    def tokenize(self, rows: Dataset) -> Dataset:
-        """Token ids of canonical rows, with a ``length`` each."""
+    def tokenization(self) -> Callable[[], Tokenization]:
+        """Makes what turns canonical rows into token ids; a function of a module, so that workers can be sent it."""
 
     @abstractmethod
     def collator(self) -> Callable[..., Any]:
         """Makes a typed batch of tokenized rows."""
-
-    def weights(self, rows: Dataset) -> list[int]:
-        """What each row adds to the denominator of the loss."""
-        return [1] * len(rows)
 
     def prepare_data(self) -> None:
         """Fill the cache of tokenized rows, on one process a node."""
@@ -67,19 +72,21 @@ class RowsDataModule(lightning.LightningDataModule):
         """Read the tokenized rows; the first process has them already."""
         if not self.rows:
             self._load()
+        if isinstance(self.source, StreamSource) and stage == "fit":
+            check_stream(self.trainer)
 
     def _load(self) -> None:
         self.tokenizer = find_tokenizer(self.tokenizer_path, self.source, self.trainer)
         splits = load_splits(self.source, self.kind, self.format, self.split)
-        self.rows = {name: self.tokenize(rows) for name, rows in splits.items()}
+        self.rows = {name: self.tokenization()().tokenize(rows) for name, rows in splits.items()}
 
     def loader(self, name: str, *, shuffle: bool) -> RowLoader:
         """A loader over one split."""
-        rows = self.rows[name]
+        rows, weight = self.rows[name], self.tokenization()().weight
         return make_loader(
             rows,
             self.collator(),
-            weights=self.weights(rows),
+            weights=numbers(rows, weight) if weight else np.ones(len(rows), dtype=np.int8),
             batch_size=self.batch_size,
             shuffle=shuffle,
             seed=self.seed,
@@ -88,31 +95,60 @@ class RowsDataModule(lightning.LightningDataModule):
             bucket_batches=self.bucket_batches,
         )
 
+    def stream(self, source: StreamSource) -> StreamLoader:
+        """A loader over training rows that are read while it runs."""
+        files = source.files()
+        return StreamLoader(
+            make_reading(files, self.kind, self.format, self.tokenization(), self.split.limit),
+            self.collator(),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            place=placement(self.trainer),
+            num_workers=self.num_workers,
+            bucket_batches=self.bucket_batches,
+            window_rows=source.window_rows,
+        )
+
     def fingerprint(self) -> dict[str, Any]:
-        """Number and hash of the tokenized training rows, in their order."""
+        """Number and hash of the tokenized training rows, in their order; of a stream, of its files, by name and size."""
+        if not self._fingerprint and isinstance(self.source, StreamSource):
+            files = [(str(file), file.stat().st_size) for file in self.source.files()]
+            self._fingerprint = {"rows": len(files), "hash": hashlib.sha256(repr(files).encode()).hexdigest()}
         if not self._fingerprint:
             self._fingerprint = {"rows": len(self.rows["train"]), "hash": dataset_hash(self.rows["train"])}
         return self._fingerprint
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint remembers of the rows."""
-        return self.fingerprint()
+        """What a checkpoint remembers of the rows, and where in a stream the run is."""
+        trainer: Any = self.trainer
+        if self._stream is None:
+            return self.fingerprint()
+        known = self._stream.known_at(trainer.current_epoch, trainer.fit_loop.batch_idx + 1)
+        return {**self.fingerprint(), "stream": list(known)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Say aloud if a run goes on with other rows than it began with: nothing that it measures is one run's then."""
         trainer: Any = self.trainer
-        if trainer.state.fn != "fit" or not trainer.is_global_zero or state_dict == self.fingerprint():
+        then, now = {name: state_dict[name] for name in ("rows", "hash")}, self.fingerprint()
+        self._known = Known(*state_dict["stream"]) if then == now and "stream" in state_dict else None
+        if trainer.state.fn != "fit" or not trainer.is_global_zero or then == now:
             return
         log.warning(
-            "%s: the training rows have changed since the run began (%d rows then, %d now); it goes on with those of now",
+            "%s: the training rows have changed since the run began (%d %s then, %d now); it goes on with those of now",
             self.source,
-            state_dict["rows"],
-            len(self.rows["train"]),
+            then["rows"],
+            "files" if isinstance(self.source, StreamSource) else "rows",
+            now["rows"],
         )
 
-    def train_dataloader(self) -> RowLoader:
+    def train_dataloader(self) -> RowLoader | StreamLoader:
         """Training rows in length buckets, in a new order each epoch; in a run, from where the run is."""
-        loader = self.loader("train", shuffle=True)
+        loader: RowLoader | StreamLoader
+        if isinstance(self.source, StreamSource):
+            loader = self._stream = self.stream(self.source)
+            loader.known = self._known or loader.known
+        else:
+            loader = self.loader("train", shuffle=True)
         if self.trainer is not None:
             loader.where = partial(whereabouts, self.trainer)
         return loader

@@ -1,12 +1,13 @@
 """The data of reward models and of DPO: the same pairs, the same module."""
 
-from datasets import Dataset
+from collections.abc import Callable
+from functools import partial
 
 from rlhf_lightning.data.collate import PreferenceCollator
 from rlhf_lightning.data.module import RowsDataModule
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.data.splits import Split
-from rlhf_lightning.data.tokenization import tokenize_preferences
+from rlhf_lightning.data.tokenization import Tokenization, preferences
 
 
 class PreferenceDataModule(RowsDataModule):
@@ -34,8 +35,8 @@ class PreferenceDataModule(RowsDataModule):
         super().__init__(source, tokenizer, batch_size, format, split, num_workers, seed, bucket_batches)
         self.max_length = max_length
 
-    def tokenize(self, rows: Dataset) -> Dataset:
-        return tokenize_preferences(rows, self.tokenizer, max_length=self.max_length)
+    def tokenization(self) -> Callable[[], Tokenization]:
+        return partial(preferences, self.tokenizer, self.max_length)
 
     def collator(self) -> PreferenceCollator:
         return PreferenceCollator(self.tokenizer.pad_token_id)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from rlhf_lightning.errors import UserError
@@ -38,9 +39,9 @@ def split_by_prompt(dataset: Dataset, fraction: float, seed: int) -> tuple[Datas
     if not 0 <= fraction < 1:
         raise UserError(f"the share to hold out is {fraction}; it must be in [0, 1)")
     columns = [name for name in ("prompt", "messages", "text") if name in dataset.column_names]
-    held_out = [is_held_out(row_key(row), fraction, seed) for row in dataset.select_columns(columns)]
-    train = dataset.select([index for index, out in enumerate(held_out) if not out])
-    return train, dataset.select([index for index, out in enumerate(held_out) if out])
+    rows = dataset.select_columns(columns)
+    held_out = np.fromiter((is_held_out(row_key(row), fraction, seed) for row in rows), dtype=bool, count=len(rows))
+    return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
 
 
 def is_held_out(key: str, fraction: float, seed: int) -> bool:

@@ -1,15 +1,15 @@
 """The data of online methods: prompts, and whatever columns their rewards need."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
-
-from datasets import Dataset
 
 from rlhf_lightning.data.collate import PromptCollator
 from rlhf_lightning.data.loaders import RowLoader
 from rlhf_lightning.data.module import RowsDataModule
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.data.splits import Split
-from rlhf_lightning.data.tokenization import tokenize_prompts
+from rlhf_lightning.data.tokenization import Tokenization, prompts
 
 
 class PromptDataModule(RowsDataModule):
@@ -42,10 +42,8 @@ class PromptDataModule(RowsDataModule):
         self.max_prompt_length, self.validation_prompts = max_prompt_length, validation_prompts
         self.long_prompts: Literal["error", "drop"] = long_prompts
 
-    def tokenize(self, rows: Dataset) -> Dataset:
-        return tokenize_prompts(
-            rows, self.tokenizer, max_prompt_length=self.max_prompt_length, long_prompts=self.long_prompts
-        )
+    def tokenization(self) -> Callable[[], Tokenization]:
+        return partial(prompts, self.tokenizer, self.max_prompt_length, self.long_prompts)
 
     def collator(self) -> PromptCollator:
         return PromptCollator(self.tokenizer.pad_token_id)

@@ -29,7 +29,8 @@ class Source(ABC):
             kind: What they are wanted for. A world makes another dataset for each; a file holds what it holds.
 
         Returns:
-            A ``DatasetDict`` with "train" and, where the source has one of its own, "validation" and "ood".
+            A ``DatasetDict`` with "train" and, where the source has one of its own, "validation" and "ood"; a stream gives
+            no "train".
 
         Raises:
             UserError: If a file is missing or malformed; names file, line and column.

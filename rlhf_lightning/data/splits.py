@@ -40,7 +40,7 @@ class Split:
 def load_splits(
     source: str | Dataset | DatasetDict | Source, kind: Kind, format: str | None, split: Split
 ) -> DatasetDict:
-    """Rows in canonical form, with "train" and, unless ``split.validation`` is 0, "validation".
+    """Rows in canonical form, with "train" unless they are a stream and, unless ``split.validation`` is 0, "validation".
 
     Raises:
         UserError: If the source can't be read, its format is unknown, or nothing is left to train on.
@@ -48,6 +48,12 @@ def load_splits(
     chosen = as_source(source)
     loaded = chosen.load(kind)
     rows = DatasetDict({name: to_canonical(part, kind, format, origin=str(chosen)) for name, part in loaded.items()})
+    if "train" not in rows:  # they are read in training
+        if "validation" not in rows and split.validation > 0:
+            raise UserError(
+                f"{chosen}: of a stream no rows can be held out; give source.validation_path, or set split.validation to 0"
+            )
+        return rows
     if "validation" not in rows and split.validation > 0:
         rows["train"], rows["validation"] = split_by_prompt(rows["train"], split.validation, split.seed)
         if not len(rows["train"]) or not len(rows["validation"]):

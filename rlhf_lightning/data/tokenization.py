@@ -3,8 +3,9 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from rlhf_lightning.data.encoding import encode_pair as encode_pair
 from rlhf_lightning.data.encoding import encode_pairs as encode_pairs
 from rlhf_lightning.data.encoding import encode_prompt as encode_prompt
 from rlhf_lightning.data.encoding import encode_text as encode_text
+from rlhf_lightning.data.limits import LARGEST, Limit, apply, longest
 from rlhf_lightning.data.literal import literal
 from rlhf_lightning.data.prompt_split import prompt_key as prompt_key
 from rlhf_lightning.data.prompt_split import split_by_prompt as split_by_prompt
@@ -33,7 +35,166 @@ CacheDir = str | os.PathLike[str] | None
 Plan = Callable[[Row], list[Piece]]
 Join = Callable[[Row, list[Piece], list[list[int]]], Row]
 IDS = List(Value("int32"))
+FULL_LENGTH = "full_length"  # of a demonstration before it was cut
 LARGEST_MARGIN = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """How canonical rows of one kind become token ids.
+
+    Attributes:
+        kind: What errors call the rows.
+        encoder: The tokenizer.
+        plan: Cuts a row into the pieces that are encoded.
+        join: Makes the new columns of the row, its pieces and their ids.
+        features: Types of the new columns; ``length`` is one of them.
+        limits: What becomes of rows that are too long or teach nothing.
+        settings: What the new columns depend on beside row and tokenizer; plain data.
+        weight: The column of what a row adds to the denominator of the loss; None where each adds 1.
+        keeps: Whether the row's own columns stay beside the new ones.
+    """
+
+    kind: str
+    encoder: Encoder
+    plan: Plan
+    join: Join
+    features: Features
+    limits: tuple[Limit, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    weight: str | None = None
+    keeps: bool = False
+
+    def encode(self, rows: Sequence[Row], places: Sequence[str]) -> list[Row]:
+        """The new columns of rows, whose ids are made in one call; ``places`` is what errors call them.
+
+        Raises:
+            UserError: If one can't be encoded.
+        """
+        plans, joined = [], []
+        for place, row in zip(places, rows, strict=True):
+            with blame(place, row):
+                plans.append(self.plan(row))
+        for place, row, pieces, ids in zip(places, rows, plans, self.encoder.encode_rows(plans), strict=True):
+            with blame(place, row):
+                joined.append(self.join(row, pieces, ids))
+        return joined
+
+    def remark(self, made: Row, place: str) -> tuple[bool, str | None]:
+        """Whether a tokenized row is kept, and what is to be said and counted of it.
+
+        Raises:
+            UserError: If a limit refuses it.
+        """
+        for limit in self.limits:
+            number = made[limit.column]
+            if limit.least <= number <= limit.most:
+                continue
+            if limit.fate == "error":
+                raise UserError(f"{place}: {limit.refusal(number)}")
+            return limit.fate == "cut" and made[self.weight or "length"] > 0, f"{limit.done}: {limit.others}"
+        return True, None
+
+    def tokenize(self, dataset: Dataset, cache_dir: CacheDir = None) -> Dataset:
+        """A whole dataset, cached, without the rows that the limits leave out.
+
+        Raises:
+            UserError: If a row can't be encoded or a limit refuses it, or none is left.
+        """
+        own = set(dataset.column_names) if self.keeps else set()
+        for name in sorted(own & set(self.features)):
+            log.warning(
+                "the column '%s' of the %s is replaced by that of their tokens; reward functions see this one",
+                name,
+                self.kind,
+            )
+        features = Features({**(dataset.features if self.keeps else {}), **self.features})
+
+        def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+            rows = [{name: values[position] for name, values in batch.items()} for position in range(len(indices))]
+            made = self.encode(rows, [f"row {index + 1} of the {self.kind}" for index in indices])
+            new = {name: [row[name] for row in made] for name in self.features}
+            return {name: new[name] if name in new else batch[name] for name in features}
+
+        settings = {"kind": self.kind, "tokenizer": tokenizer_fingerprint(self.encoder.tokenizer), **self.settings}
+        rows = cached_map(dataset, encode, features=features, settings=settings, cache_dir=cache_dir)
+        for limit in self.limits:
+            rows = apply(limit, rows)
+        return rows.remove_columns(FULL_LENGTH) if FULL_LENGTH in self.features else rows
+
+
+def demonstrations(
+    tokenizer: PreTrainedTokenizerBase,
+    mask: Mask = "completion",
+    max_length: int = 1024,
+    truncation: Literal["right", "drop", "error"] = "right",
+) -> Tokenization:
+    """Of demonstrations; see :func:`tokenize_demonstrations`."""
+    encoder = Encoder(tokenizer)
+    stop = max_length if truncation == "right" else None
+
+    def plan(row: Row) -> list[Piece]:
+        return demonstration_pieces(encoder, row, mask)
+
+    def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
+        whole = join_demonstration(encoder, row, pieces, ids, mask)
+        kept = Masked(whole.ids[:stop], [False, *whole.mask[1:stop]])  # nothing predicts the first token
+        lengths = {"length": len(kept.ids), "supervised": sum(kept.mask), FULL_LENGTH: len(whole.ids)}
+        return {"input_ids": kept.ids, "response_mask": kept.mask, **lengths}
+
+    numbers = {name: Value("int32") for name in ("length", "supervised", FULL_LENGTH)}
+    return Tokenization(
+        "demonstrations",
+        encoder,
+        plan,
+        join,
+        Features({"input_ids": IDS, "response_mask": List(Value("bool")), **numbers}),
+        (
+            longest(FULL_LENGTH, "demonstration", max_length, {"right": "cut"}.get(truncation, truncation)),
+            Limit("supervised", 1, LARGEST, "drop", "demonstrations without a token to learn (cut away, or no answer)"),
+        ),
+        {"mask": mask, "stop": stop},
+        weight="supervised",
+    )
+
+
+def preferences(tokenizer: PreTrainedTokenizerBase, max_length: int = 1024) -> Tokenization:
+    """Of pairs; see :func:`tokenize_preferences`."""
+    encoder = Encoder(tokenizer)
+
+    def plan(row: Row) -> list[Piece]:
+        return encoder.pair_pieces(row["prompt"], [row["chosen"], row["rejected"]], tools_of(row))
+
+    def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
+        *start, left, right = ids
+        prompt = encoder.join_prompt(start)
+        chosen = left if row.get("chosen_truncated") else encoder.end(left)
+        rejected = right if row.get("rejected_truncated") else encoder.end(right)
+        length = len(prompt) + max(len(chosen), len(rejected))
+        answers = {"chosen_ids": chosen, "rejected_ids": rejected}
+        return {"prompt_ids": prompt, **answers, "margin": read_margin(row), "length": length}
+
+    ids = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), IDS)
+    features = Features({**ids, "margin": Value("float32"), "length": Value("int32")})
+    return Tokenization("preferences", encoder, plan, join, features, (longest("length", "pair", max_length, "drop"),))
+
+
+def prompts(
+    tokenizer: PreTrainedTokenizerBase, max_prompt_length: int = 512, long_prompts: Literal["error", "drop"] = "error"
+) -> Tokenization:
+    """Of prompts; see :func:`tokenize_prompts`."""
+    encoder = Encoder(tokenizer)
+
+    def plan(row: Row) -> list[Piece]:
+        return encoder.prompt_pieces(row["prompt"], tools_of(row))
+
+    def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
+        prompt = encoder.join_prompt(ids)
+        return {"prompt_ids": prompt, "length": len(prompt)}
+
+    limit = longest("length", "prompt", max_prompt_length, long_prompts)
+    features = Features({"prompt_ids": IDS, "length": Value("int32")})
+    return Tokenization("prompts", encoder, plan, join, features, (limit,), keeps=True)
 
 
 def tokenize_demonstrations(
@@ -58,23 +219,7 @@ def tokenize_demonstrations(
     Raises:
         UserError: If a row can't be encoded, one is too long and ``truncation`` is "error", or none is left.
     """
-    encoder = Encoder(tokenizer)
-    stop = max_length if truncation == "right" else None
-
-    def plan(row: Row) -> list[Piece]:
-        return demonstration_pieces(encoder, row, mask)
-
-    def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
-        whole = join_demonstration(encoder, row, pieces, ids, mask)
-        kept = Masked(whole.ids[:stop], [False, *whole.mask[1:stop]])  # nothing predicts the first token
-        lengths = {"length": len(kept.ids), "supervised": sum(kept.mask), "full_length": len(whole.ids)}
-        return {"input_ids": kept.ids, "response_mask": kept.mask, **lengths}
-
-    numbers = {name: Value("int32") for name in ("length", "supervised", "full_length")}
-    features = Features({"input_ids": IDS, "response_mask": List(Value("bool")), **numbers})
-    settings = {"mask": mask, "stop": stop}
-    rows = tokenize(dataset, encoder, plan, join, features, "demonstrations", settings, cache_dir)
-    return limit_demonstrations(rows, max_length, truncation).remove_columns("full_length")
+    return demonstrations(tokenizer, mask, max_length, truncation).tokenize(dataset, cache_dir)
 
 
 def tokenize_preferences(
@@ -88,24 +233,7 @@ def tokenize_preferences(
     Raises:
         UserError: If a row can't be encoded, or all pairs are too long.
     """
-    encoder = Encoder(tokenizer)
-
-    def plan(row: Row) -> list[Piece]:
-        return encoder.pair_pieces(row["prompt"], [row["chosen"], row["rejected"]], tools_of(row))
-
-    def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
-        *start, left, right = ids
-        prompt = encoder.join_prompt(start)
-        chosen = left if row.get("chosen_truncated") else encoder.end(left)
-        rejected = right if row.get("rejected_truncated") else encoder.end(right)
-        length = len(prompt) + max(len(chosen), len(rejected))
-        answers = {"chosen_ids": chosen, "rejected_ids": rejected}
-        return {"prompt_ids": prompt, **answers, "margin": read_margin(row), "length": length}
-
-    ids = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), IDS)
-    features = Features({**ids, "margin": Value("float32"), "length": Value("int32")})
-    rows = tokenize(dataset, encoder, plan, join, features, "preferences", {}, cache_dir)
-    return keep(rows, numbers(rows, "length") <= max_length, f"pairs longer than {max_length} tokens (max_length)")
+    return preferences(tokenizer, max_length).tokenize(dataset, cache_dir)
 
 
 def tokenize_prompts(
@@ -122,54 +250,7 @@ def tokenize_prompts(
         UserError: If a row can't be encoded, a prompt is longer than ``max_prompt_length`` and ``long_prompts`` is
             "error", or none is left.
     """
-    encoder = Encoder(tokenizer)
-
-    def plan(row: Row) -> list[Piece]:
-        return encoder.prompt_pieces(row["prompt"], tools_of(row))
-
-    def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
-        prompt = encoder.join_prompt(ids)
-        return {**row, "prompt_ids": prompt, "length": len(prompt)}
-
-    for name in {"prompt_ids", "length"} & set(dataset.column_names):
-        log.warning(
-            "the column '%s' of the prompts is replaced by that of their tokens; reward functions see this one", name
-        )
-    features = Features({**dataset.features, "prompt_ids": IDS, "length": Value("int32")})
-    rows = tokenize(dataset, encoder, plan, join, features, "prompts", {}, cache_dir)
-    lengths = numbers(rows, "length")
-    if long_prompts == "error":
-        refuse_long(lengths, max_prompt_length, "prompt", "raise max_prompt_length or set long_prompts to 'drop'")
-    return keep(
-        rows, lengths <= max_prompt_length, f"prompts longer than {max_prompt_length} tokens (max_prompt_length)"
-    )
-
-
-def tokenize(
-    dataset: Dataset,
-    encoder: Encoder,
-    plan: Plan,
-    join: Join,
-    features: Features,
-    kind: str,
-    settings: dict[str, Any],
-    cache_dir: CacheDir,
-) -> Dataset:
-    """Plan the pieces of every row, encode those of many rows in one call, join each row's ids; cached."""
-
-    def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        rows = [{name: values[position] for name, values in batch.items()} for position in range(len(indices))]
-        plans, joined = [], []
-        for index, row in zip(indices, rows, strict=True):
-            with blame(f"row {index + 1} of the {kind}", row):
-                plans.append(plan(row))
-        for index, row, pieces, ids in zip(indices, rows, plans, encoder.encode_rows(plans), strict=True):
-            with blame(f"row {index + 1} of the {kind}", row):
-                joined.append(join(row, pieces, ids))
-        return {name: [row[name] for row in joined] for name in features}
-
-    settings = {"kind": kind, "tokenizer": tokenizer_fingerprint(encoder.tokenizer), **settings}
-    return cached_map(dataset, encode, features=features, settings=settings, cache_dir=cache_dir)
+    return prompts(tokenizer, max_prompt_length, long_prompts).tokenize(dataset, cache_dir)
 
 
 @contextmanager
@@ -203,21 +284,6 @@ def join_demonstration(encoder: Encoder, row: Row, pieces: list[Piece], ids: lis
     return Masked([*prompt, *response], [mask == "all"] * len(prompt) + [True] * len(response))
 
 
-def limit_demonstrations(rows: Dataset, max_length: int, truncation: str) -> Dataset:
-    """Apply ``truncation``, say how often, and leave out rows with nothing to learn."""
-    full = numbers(rows, "full_length")
-    cut = int((full > max_length).sum())
-    if truncation == "error":
-        refuse_long(full, max_length, "demonstration", "raise max_length, or set truncation to 'right' or 'drop'")
-    elif truncation == "drop":
-        rows = keep(rows, full <= max_length, f"demonstrations longer than {max_length} tokens (max_length)")
-    elif cut:
-        log.warning("cut %d of %d demonstrations after %d tokens: they lose their EOS", cut, len(rows), max_length)
-    return keep(
-        rows, numbers(rows, "supervised") > 0, "demonstrations without a token to learn (cut away, or no answer)"
-    )
-
-
 def tools_of(row: Row) -> Tools:
     """The tools of a row: a list of JSON schemas, also written as text.
 
@@ -247,34 +313,3 @@ def read_margin(row: Row) -> float:
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= LARGEST_MARGIN:
         raise UserError(f"column 'margin' is {margin!r:.40}; it must be a finite number")
     return float(margin)
-
-
-def numbers(rows: Dataset, column: str) -> np.ndarray:
-    """A column of numbers as an array."""
-    return np.asarray(rows.with_format("numpy")[column][:])
-
-
-def keep(rows: Dataset, wanted: np.ndarray, what: str) -> Dataset:
-    """The wanted rows; the number of others is logged.
-
-    Raises:
-        UserError: If none is wanted.
-    """
-    lost = len(rows) - int(wanted.sum())
-    if lost == len(rows):
-        raise UserError(f"no row is left of {lost}: all are {what}")
-    if not lost:
-        return rows
-    log.warning("left out %d of %d rows: %s", lost, len(rows), what)
-    return rows.select(np.flatnonzero(wanted))
-
-
-def refuse_long(lengths: np.ndarray, limit: int, what: str, advice: str) -> None:
-    """Raise a UserError that names the first row over the limit."""
-    over = np.flatnonzero(lengths > limit)
-    if over.size:
-        first = int(over[0])
-        raise UserError(
-            f"row {first + 1}: the {what} has {lengths[first]} tokens and the limit is {limit} "
-            f"({over.size} rows are longer); {advice}"
-        )

@@ -73,7 +73,7 @@ DEEP = "[" * 3000 + "]" * 3000
     ("name", "text", "message"),
     [
         ("r.jsonl", '{"prompt": "a"}\n{"prompt": "a", "prompt": "b"}', r"line 2: key 'prompt' stands twice"),
-        ("r.json", '[{"prompt": "a", "prompt": "b"}]', r"r.json: key 'prompt' stands twice"),
+        ("r.json", '[{"prompt": "a", "prompt": "b"}]', r"r.json, row 1: key 'prompt' stands twice"),
         (
             "r.jsonl",
             '{"prompt": [{"role": "user", "role": "system", "content": "x"}]}',

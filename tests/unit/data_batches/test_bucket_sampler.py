@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlhf_lightning.data.sampler import BucketBatchSampler
+from rlhf_lightning.errors import UserError
 
 
 def lengths_of(rows, seed=0):
@@ -35,7 +36,7 @@ def test_every_row_comes_once_an_epoch_over_all_ranks(rows, world_size, order):
 
 
 def test_fewer_rows_than_ranks_are_refused():
-    with pytest.raises(ValueError, match=r"2 rows.*3 ranks"):
+    with pytest.raises(UserError, match=r"2 rows.*3 ranks"):
         sampler(2, world_size=3)
 
 
@@ -71,6 +72,44 @@ def test_a_new_process_goes_on_with_exactly_the_rest(stop, epoch):
     second.begin(epoch, stop)
     assert list(second) == expected[epoch][stop:]
     assert list(second) == expected[epoch + 1]
+
+
+def steps_of(*, rows, batch_size, world_size, accumulate, bucket_batches):
+    """The rows of each optimizer step of an epoch, over all ranks."""
+    lengths = lengths_of(rows)
+    ranks = [
+        BucketBatchSampler(
+            lengths,
+            lengths,
+            batch_size=batch_size,
+            shuffle=True,
+            rank=rank,
+            world_size=world_size,
+            accumulate=accumulate,
+            bucket_batches=bucket_batches,
+        )
+        for rank in range(world_size)
+    ]
+    plans = [rows_of(rank) for rank in ranks]
+    windows = range(0, len(plans[0]), accumulate)
+    return [sorted(row for rank in plans for batch in rank[at : at + accumulate] for row in batch) for at in windows]
+
+
+@pytest.mark.parametrize("bucket_batches", [1, 4])
+@pytest.mark.parametrize("rows", [8, 96, 100, 103])
+def test_the_rows_of_each_step_are_the_same_however_they_are_dealt_out(rows, bucket_batches):
+    """Batch size x ranks x accumulation is 8: a run may go on with other factors."""
+    factors = [(8, 1, 1), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
+    one, *others = [
+        steps_of(rows=rows, batch_size=b, world_size=w, accumulate=a, bucket_batches=bucket_batches)
+        for b, w, a in factors
+    ]
+    assert len(one) == -(-rows // 8)
+    for factor, other in zip(factors[1:], others, strict=True):
+        whole = (
+            len(one) if rows % 8 == 0 or rows % 8 >= factor[1] else len(one) - 2
+        )  # a rest too small for all ranks joins
+        assert other[:whole] == one[:whole], factor
 
 
 def test_without_shuffling_every_pass_is_the_same_and_from_the_start():
