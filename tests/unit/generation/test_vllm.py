@@ -187,7 +187,7 @@ class FakeServer:
 
 CONFIG = {
     "weight_transfer_config": None,
-    "device_config": {"device_type": "cuda"},
+    "device_config": {"device": "cuda"},
     "parallel_config": {"worker_extension_cls": ""},
 }
 
