@@ -4,6 +4,7 @@ import re
 import shlex
 import socket
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ def is_of_fit(file):
 
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 OVERLAYS = [file for file in FILES if file.parent.name in ("strategy", "debug")]
-METHODS = [file for file in FILES if file.parent != CONFIGS and file not in OVERLAYS and is_of_fit(file)]
+ENGINES = [file for file in FILES if file.parent.name == "engine"]
+METHODS = [file for file in FILES if file.parent != CONFIGS and file not in OVERLAYS + ENGINES and is_of_fit(file)]
 SFT = CONFIGS / "quickstart" / "sft.yaml"
 
 
@@ -124,10 +126,26 @@ def test_an_overlay_changes_what_it_names_and_nothing_else(cli, file):
 
     if file.stem == "fsdp" and not torch.cuda.is_available():
         pytest.skip("parsed and printed; Lightning makes no FSDP1 strategy without a GPU")
+    if file.stem == "deepspeed" and find_spec("deepspeed") is None:
+        pytest.skip("parsed and printed; the strategy needs an extra")
     here = {} if torch.cuda.is_available() else {"accelerator": "cpu", "devices": 1}
     trainer = trainer_of(cli, [SFT, file], **here)
     wanted = changes.get(("trainer", "precision"), "32-true")
     assert trainer.precision == wanted
+
+
+@pytest.mark.parametrize("file", ENGINES, ids=name)
+def test_an_engine_overlay_changes_the_engine_and_nothing_else(cli, file):
+    ppo = CONFIGS / "quickstart" / "ppo.yaml"
+    plain, overlaid = (printed(cli, parse(cli, *files)) for files in ([ppo], [ppo, file]))
+    (sampling,) = yaml.safe_load(file.read_text())["model"]["init_args"].values()
+    own, found = sampling.pop("engine"), overlaid["model"]["init_args"]["sampling"]
+    engine = found["engine"]
+    assert sampling == {}
+    assert engine["class_path"].rsplit(".", 1)[-1] == own["class_path"]
+    assert engine["init_args"] | own["init_args"] == engine["init_args"]
+    found["engine"] = None
+    assert overlaid == plain
 
 
 def test_later_files_win(cli):

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.export import export_folder
+from rlhf_lightning.models.merging import own_adapter, plain_weights
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import is_sharded, whole_state_dict
 
@@ -14,18 +15,20 @@ from rlhf_lightning.models.sharding import is_sharded, whole_state_dict
 class ExportAtEnd(Callback):
     """Writes ``export/`` into the run's folder; the next stage and everybody else starts from it."""
 
-    def __init__(self, folder: str | None = None) -> None:
-        """Args: where to; None for ``export`` in the run's folder."""
-        self.folder = folder
+    def __init__(self, folder: str | None = None, merge: bool = True) -> None:
+        """Args: where to, None for ``export`` in the run's folder; whether an adapter is written merged into its base, which
+        every next stage reads, beside ``adapter/``, which plain peft reads, or the latter alone.
+        """
+        self.folder, self.merge = folder, merge
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         run = trainer.default_root_dir
         try:
-            export_module(pl_module, self.folder or Path(run, "export"), trainer.is_global_zero)
+            export_module(pl_module, self.folder or Path(run, "export"), trainer.is_global_zero, self.merge)
         except UserError as error:
-            where = f" --output {self.folder}" if self.folder else ""
+            where = (f" --output {self.folder}" if self.folder else "") + ("" if self.merge else " --merge false")
             raise UserError(
                 f"{error}; training is done and kept in its checkpoint, make room and run: python -m rlhf_lightning export "
                 f"--run {run}{where}"
@@ -33,17 +36,20 @@ class ExportAtEnd(Callback):
         trainer.strategy.barrier("export")
 
 
-def export_module(module: Any, folder: str | Path, writes: bool = True) -> Path:
+def export_module(module: Any, folder: str | Path, writes: bool = True, merge: bool = True) -> Path:
     """Write what a module has trained: the policy, or the reward model with its normalisation.
 
     Args:
         module: One of the project's modules, configured.
         folder: Where to.
         writes: Whether this rank writes; every rank calls, for shards are gathered from all.
+        merge: Write an adapter merged into its base too, not by itself alone. Without an adapter it is no matter.
     """
     actor_critic = getattr(module, "actor_critic", None)
     trained = actor_critic.policy if actor_critic is not None else getattr(module, "policy", None) or module.network
     if isinstance(trained, ScalarModel):
         trained.describe_normalisation()
     weights = whole_state_dict(trained.network) if is_sharded(trained.network) else None
-    return export_folder(trained.network, module.tokenizer, folder, weights) if writes else Path(folder)
+    if (adapter := own_adapter(trained.network)) is not None:
+        weights = plain_weights(trained.network, writes) if merge else {}
+    return export_folder(trained.network, module.tokenizer, folder, weights, adapter) if writes else Path(folder)

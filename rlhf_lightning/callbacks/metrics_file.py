@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from rlhf_lightning.callbacks.checkpoint_file import disk_error, scratch_of
+from rlhf_lightning.callbacks.disk import disk_error, scratch_of
 from rlhf_lightning.errors import UserError
 
 NAME = "metrics.csv"

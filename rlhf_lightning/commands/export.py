@@ -9,13 +9,14 @@ from rlhf_lightning.commands.run_folder import CONFIG
 from rlhf_lightning.errors import UserError
 
 
-def export(run: str, checkpoint: str | None = None, output: str | None = None) -> None:
+def export(run: str, checkpoint: str | None = None, output: str | None = None, merge: bool = True) -> None:
     """Turn a run's checkpoint into a Hugging Face folder: safetensors, tokenizer, template, generation config.
 
     Args:
         run: Folder of a ``fit``.
         checkpoint: Which of its checkpoints; None for the last.
         output: Where to; None for ``export`` in the run's folder.
+        merge: An adapter is written merged into its base, and by itself below that; false for the latter alone.
     """
 
     folder = Path(run)
@@ -28,4 +29,4 @@ def export(run: str, checkpoint: str | None = None, output: str | None = None) -
             f"{path} does not exist; {'there are ' + ', '.join(found) if found else 'the run has no checkpoint'}"
         )
     module = restored_module(folder / CONFIG, read(path))
-    print(export_module(module, output or folder / "export"))
+    print(export_module(module, output or folder / "export", merge=merge))

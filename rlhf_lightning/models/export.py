@@ -11,6 +11,10 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.adapter_files import Adapter, write_adapter
+from rlhf_lightning.models.merging import skeleton
+
+ADAPTER = "adapter"  # in a run's export
 
 
 def export_folder(
@@ -18,6 +22,7 @@ def export_folder(
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     weights: dict[str, Any] | None = None,
+    adapter: Adapter | None = None,
 ) -> Path:
     """Write weights (safetensors), config, generation config, tokenizer and chat template.
 
@@ -27,7 +32,9 @@ def export_folder(
         network: A causal language model or sequence classifier.
         tokenizer: The one it was trained with.
         folder: Where to; replaced if it exists.
-        weights: The network's state dict, where the network itself holds only shards.
+        weights: The network's state dict, where the network itself holds only shards or has an adapter; empty to write the
+            adapter alone.
+        adapter: Goes into ``adapter/`` below the folder.
 
     Returns:
         ``folder``.
@@ -37,23 +44,31 @@ def export_folder(
     """
     folder = Path(folder)
     with Writing(folder):
-        _export(network, tokenizer, folder, weights)
+        _export(network, tokenizer, folder, weights, adapter)
     return folder
 
 
 def _export(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Any] | None
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, Any] | None,
+    adapter: Adapter | None,
 ) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         if network.can_generate():
             network.generation_config = generation_config(network, tokenizer)
-        network.save_pretrained(scratch, state_dict=weights)
-        tokenizer.save_pretrained(scratch)
-        scratch.chmod(0o755)  # mkdtemp and safetensors keep everybody else out
-        for file in scratch.iterdir():
-            file.chmod(0o644)
+        if weights is None or weights:
+            plain = skeleton(network) if adapter is not None else network
+            plain.save_pretrained(scratch, state_dict=weights)
+            tokenizer.save_pretrained(scratch)
+        if adapter is not None:
+            write_adapter(scratch / ADAPTER, adapter)
+            tokenizer.save_pretrained(scratch / ADAPTER)
+        for place in (scratch, *scratch.rglob("*")):  # mkdtemp and safetensors keep everybody else out
+            place.chmod(0o755 if place.is_dir() else 0o644)
         _replace_folder(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Build or load the two kinds of network: causal language models and scalar (reward, value) models."""
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from rlhf_lightning.errors import UserError, missing_model
+from rlhf_lightning.models.adapter_files import read_adapter
+from rlhf_lightning.models.adapters import has_adapter, same_adapter_again, with_adapter
+from rlhf_lightning.models.quantization import quantized
 from rlhf_lightning.models.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -39,7 +44,7 @@ def load_causal_lm(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> PreTr
     else:
         model, missing = _from_path(AutoModelForCausalLM, spec)
         _refuse_missing(spec.path, missing)
-    return _fit_to_tokenizer(model, tokenizer, spec)
+    return with_adapter(_fit_to_tokenizer(model, tokenizer, spec), spec)
 
 
 def load_scalar_model(
@@ -65,14 +70,14 @@ def load_scalar_model(
     else:
         model, missing = _from_path(AutoModelForSequenceClassification, spec, num_labels=1)
         _refuse_missing(spec.path, [name for name in missing if not name.startswith("score.")])
-    if missing and not new_head:
+    if missing and not new_head and not _adapter_has_head(spec):
         raise UserError(
             f"{spec.path or 'a network from scratch'} holds no trained scalar head ({', '.join(missing)} missing): it is not a"
             " reward model; give the export folder of a RewardModelModule run"
         )
     if missing:
         _draw_head(scalar_head(model))
-    return _fit_to_tokenizer(model, tokenizer, spec)
+    return with_adapter(_fit_to_tokenizer(model, tokenizer, spec), spec, scalar_head(model))
 
 
 def scalar_head(model: PreTrainedModel) -> nn.Linear:
@@ -99,6 +104,8 @@ def embedding_weight(model: PreTrainedModel) -> nn.Parameter:
 def _from_path(auto: Any, spec: ModelSpec, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
     path = str(spec.path)
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        if (Path(path) / "adapter_config.json").is_file():
+            raise UserError(f"{path} is an adapter; give its base as `path`, and this as `adapter.path`")
         raise UserError(f"{path} holds no config.json; give a folder in Hugging Face format, such as a run's export/")
     looks_local = path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1
     if looks_local and not Path(path).exists():
@@ -106,6 +113,8 @@ def _from_path(auto: Any, spec: ModelSpec, **kwargs: Any) -> tuple[PreTrainedMod
     common = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     try:
         config = _without_dropout(AutoConfig.from_pretrained(path, **common, **kwargs))
+        if torch.get_default_device().type == "meta":  # another rank reads the weights and hands them on
+            return _without_weights(auto, config, spec), []
         model, info = auto.from_pretrained(
             path,
             config=config,
@@ -113,6 +122,7 @@ def _from_path(auto: Any, spec: ModelSpec, **kwargs: Any) -> tuple[PreTrainedMod
             attn_implementation=spec.attn_implementation,
             use_safetensors=True,
             output_loading_info=True,
+            **quantized(spec),
             **common,
         )
     except (OSError, ValueError) as error:
@@ -124,7 +134,25 @@ def _from_path(auto: Any, spec: ModelSpec, **kwargs: Any) -> tuple[PreTrainedMod
                 f"model and add --import {path} to the command line"
             ) from error
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    if has_adapter(model):  # transformers has put it in, and would save that alone
+        raise UserError(f"{path} holds an adapter; give its base as `path`, and this as `adapter.path`")
     return model, sorted(info["missing_keys"])
+
+
+def _without_weights(auto: Any, config: PretrainedConfig, spec: ModelSpec) -> PreTrainedModel:
+    """What ``from_pretrained`` gives, but for the weights."""
+    if spec.quantization is not None:
+        raise UserError(f"{spec.path}: {spec.quantization} weights can't be cut into shards; use -c configs/strategy/ddp.yaml")
+    model = auto.from_config(
+        config,
+        dtype=getattr(torch, spec.dtype),
+        attn_implementation=spec.attn_implementation,
+        trust_remote_code=spec.trust_remote_code,
+    )
+    if model.can_generate():
+        with suppress(OSError):  # it has none of its own; from_pretrained passes over that as well
+            model.generation_config = GenerationConfig.from_pretrained(str(spec.path), revision=spec.revision or "main")
+    return model
 
 
 def _refuse_missing(path: str, names: list[str]) -> None:
@@ -160,6 +188,12 @@ def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
+def _adapter_has_head(spec: ModelSpec) -> bool:
+    """Whether the head comes with a trained adapter."""
+    path = spec.adapter.path if spec.adapter is not None else None
+    return path is not None and read_adapter(path).has_head
+
+
 def _draw_head(head: nn.Linear) -> None:
     nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     if head.bias is not None:
@@ -171,6 +205,11 @@ def _fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         raise UserError("the tokenizer's pad token is missing or equal to EOS; repair it before a model is loaded")
     rows = embedding_weight(model).shape[0]
     if len(tokenizer) > rows:
+        if spec.adapter is not None:
+            raise UserError(
+                f"the tokenizer has {len(tokenizer)} tokens and {spec.path} embeddings for {rows}: an adapter would leave the "
+                "others at random; give a base that has them, such as the export of an SFT run without an adapter"
+            )
         log.warning(
             "%s: embeddings grow from %d to %d rows for the tokenizer's new tokens", spec.path, rows, len(tokenizer)
         )
@@ -179,5 +218,6 @@ def _fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         setattr(model.config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
     model.train()  # from_pretrained leaves eval mode, in which gradient checkpointing does nothing; dropout is off anyway
     if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        again = {"use_reentrant": False} | ({"context_fn": same_adapter_again(model)} if spec.adapter else {})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=again)
     return model

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -55,10 +56,27 @@ def scheduled(optimizer: Optimizer, schedule: Schedule, trainer: Trainer) -> dic
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def gradient_norm(network: nn.Module) -> Tensor:
-    """Euclidean norm of all gradients, before clipping. Scalar."""
-    grads = [p.grad for p in network.parameters() if p.grad is not None]
-    return whole(torch.nn.utils.get_total_norm(grads))
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """All but the frozen base below an adapter: an optimizer that lists it would have checkpoints speak of it."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def gradient_norm(module: LightningModule) -> Tensor:
+    """Euclidean norm of all gradients, before clipping, over all shards of them. Scalar."""
+    norm = norm_of([p.grad for p in module.parameters() if p.grad is not None])
+    strategy = module.trainer.strategy
+    if isinstance(strategy, FSDPStrategy):  # FSDP1: what a rank sees as gradients is its own shard of them
+        norm = strategy.reduce(norm.square(), reduce_op="sum").sqrt()
+    return norm
+
+
+def norm_of(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm of all of them together; torch takes it only of those that are cut between the same ranks. Scalar."""
+    alike: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+    norms = [whole(torch.nn.utils.get_total_norm(group)) for group in alike.values()]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm() if norms else torch.zeros(())
 
 
 def whole(x: Tensor) -> Tensor:
