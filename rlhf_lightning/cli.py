@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rlhf_lightning import losses, modules, rewards, rollouts, worlds  # noqa: F401  (short class names in YAML)
 from rlhf_lightning.callbacks.checkpoint_file import LAST, WholeFiles, check_sound
 from rlhf_lightning.callbacks.export import ExportAtEnd
+from rlhf_lightning.callbacks.heartbeat import Heartbeat, lost_ranks
 from rlhf_lightning.callbacks.loggers import run_loggers, wandb_logger
 from rlhf_lightning.callbacks.metrics_file import RunMetrics
 from rlhf_lightning.callbacks.predictions import PredictionLines
@@ -36,7 +37,8 @@ from rlhf_lightning.data.preferences import PreferenceDataModule  # noqa: F401
 from rlhf_lightning.data.prompts import PromptDataModule  # noqa: F401
 from rlhf_lightning.errors import RunStopped, UserError, harmless
 from rlhf_lightning.evaluation import evaluation  # noqa: F401
-from rlhf_lightning.modules import strategies  # noqa: F401
+from rlhf_lightning.generation import native, transformers_engine, vllm_engine, vllm_server  # noqa: F401
+from rlhf_lightning.modules import strategies, tensor_parallel, zero  # noqa: F401
 from rlhf_lightning.rewards import composite, function, reward_model, world  # noqa: F401
 from rlhf_lightning.rollouts import advantages, kl_control  # noqa: F401
 
@@ -58,6 +60,7 @@ class RLHFCLI(LightningCLI):
         parser.add_lightning_class_args(SampleTable, "samples")
         parser.add_lightning_class_args(ExportAtEnd, "export")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Heartbeat, "heartbeat")
 
     def _parse_ckpt_path(self) -> None:
         """The command line wins over what a checkpoint remembers; our checkpoints hold no hyper-parameters at all."""
@@ -93,7 +96,7 @@ class RLHFCLI(LightningCLI):
             raise UserError(f"--ckpt_path last: there is no {last}; leave the flag out to begin a run")
         path = last if config.ckpt_path == "last" else Path(config.ckpt_path)
         if path.is_file():
-            check_sound(path)
+            check_sound(path, every_shard=False)  # of those the ranks share the work when they load
         return True
 
     def instantiate_classes(self) -> None:
@@ -114,6 +117,10 @@ class RLHFCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, WholeFiles(self.model)]
         return super().instantiate_trainer(**kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with lost_ranks():
+            super()._run_subcommand(subcommand)
 
     def _loggers(self, config: Any) -> list[Logger]:
         """metrics.csv in the run's folder, and the loggers that were given, else W&B: offline unless asked otherwise."""

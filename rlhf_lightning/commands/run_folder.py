@@ -27,7 +27,7 @@ class RunFolder:
         Raises:
             UserError: If it holds another run and nobody said what to do with that.
         """
-        if int(os.environ.get("LOCAL_RANK", 0)) > 0 or not self.path.exists():
+        if not first_process() or not self.path.exists():
             return
         if self.path.is_file():
             raise UserError(f"{self.path} is a file; give another folder with --trainer.default_root_dir")
@@ -41,7 +41,7 @@ class RunFolder:
 
     def clear_up(self) -> None:
         """Delete what a killed run was writing when it was killed: files and folders that never got their names."""
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if first_process():
             remove_leftovers(self.path)
             remove_leftovers(self.path / "checkpoints")
             for folder in self.path.glob(".export.*"):
@@ -56,6 +56,15 @@ class RunFolder:
         if any(self.path.iterdir()) and not (self.path / CONFIG).exists():
             raise UserError(f"{self.path} is not empty and holds no run; it is not overwritten, give another folder")
         shutil.rmtree(self.path)
+
+
+def first_process() -> bool:
+    """Whether this is the first process of all hosts, as torchrun, Slurm or Lightning tell before the ranks have met."""
+    environment = os.environ
+    if "RANK" not in environment and "LOCAL_RANK" in environment:
+        return int(environment["LOCAL_RANK"]) == 0 and int(environment.get("NODE_RANK", 0)) == 0
+    rank = environment.get("RANK", environment.get("SLURM_PROCID", environment.get("NODE_RANK", 0)))
+    return int(rank) == 0
 
 
 class SaveRunConfig(SaveConfigCallback):
