@@ -7,16 +7,23 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlhf_lightning.callbacks.checkpoint_file import class_path
 from rlhf_lightning.callbacks.metrics_file import RunMetrics
-from rlhf_lightning.callbacks.random_state import random_state, set_random_state
+from rlhf_lightning.callbacks.other_ranks import (
+    Cut,
+    check_same_rows,
+    count_in_other_batches,
+    own_of_other_ranks,
+    say_that_sampling_differs,
+)
+from rlhf_lightning.callbacks.random_state import random_state, seed_all, set_random_state
 from rlhf_lightning.modules.metrics import Means
-from rlhf_lightning.modules.ranks import of_this_rank, over_ranks
+from rlhf_lightning.modules.ranks import over_ranks
 
 log = logging.getLogger(__name__)
 
 
 class RunState(Callback):
     """Adds to Lightning's checkpoints what they lack: the random generators and what was counted since the last log, both
-    of every rank, and how many rows metrics.csv had.
+    of every rank, how the rows are dealt out to them, and how many rows metrics.csv had.
 
     Weights, optimizers, schedules, loop counters and the module's own state are in there already. The loader needs no state:
     where it begins is read off the loop counters (:func:`rlhf_lightning.data.loaders.whereabouts`).
@@ -31,6 +38,7 @@ class RunState(Callback):
         checkpoint["run"] = {
             "module": class_path(pl_module),
             "ranks": over_ranks(trainer, own),
+            "cut": Cut.of(trainer).state(),
             "metrics_rows": sum(logger.sync() for logger in metrics_files(trainer)),
         }
 
@@ -40,9 +48,22 @@ class RunState(Callback):
         if "run" not in checkpoint:
             log.warning("the checkpoint lacks the state of a run: random numbers and what is counted begin anew")
             return
-        self._loaded = of_this_rank(trainer, checkpoint["run"]["ranks"])
+        self._go_on(trainer, checkpoint)
         for logger in metrics_files(trainer):
             logger.cut(checkpoint["run"]["metrics_rows"])
+
+    def _go_on(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Where the run was, or where it would be had it been on these ranks."""
+        states, now = checkpoint["run"]["ranks"], Cut.of(trainer)
+        # A checkpoint of before this was known is of the same cut, but for the ranks.
+        then = Cut(**checkpoint["run"].get("cut", now.state() | {"ranks": len(states)}))
+        check_same_rows(then, now)
+        count_in_other_batches(checkpoint["loops"]["fit_loop"], then, now)
+        self._loaded = states[trainer.global_rank] if now.ranks == then.ranks else None
+        if self._loaded is None:
+            self._loaded = own_of_other_ranks(states, trainer.global_rank)
+            if trainer.is_global_zero:
+                say_that_sampling_differs(then.ranks, now.ranks)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._restore(pl_module)
@@ -61,7 +82,10 @@ class RunState(Callback):
             return
         for name, means in means_of(pl_module).items():
             means.load_own_state(self._loaded["means"][name])
-        set_random_state(self._loaded["random"], pl_module.device)
+        if "seed" in self._loaded:
+            seed_all(self._loaded["seed"])
+        else:
+            set_random_state(self._loaded["random"], pl_module.device)
         self._loaded = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

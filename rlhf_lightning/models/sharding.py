@@ -2,25 +2,60 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from rlhf_lightning.models.first_rank import FirstRankBuilds, agree, fill, tensors_of
 
-def shard(network: nn.Module, mesh: Any) -> None:
-    """Shard each transformer block on its own, and what is left (embeddings, heads) with the root.
+SHARING: ContextVar[tuple[Any, torch.device] | None] = ContextVar("SHARING", default=None)
+
+
+def shard(network: nn.Module, mesh: Any, device: torch.device) -> None:
+    """Shard each transformer block on its own, and what is left (embeddings, heads) with the root; every rank must call.
+
+    A rank that has built the network without weights (:class:`FirstRankBuilds`) gets its shards from the first.
 
     Args:
         network: The root whose ``forward`` training calls; its hooks gather what the blocks' do not.
         mesh: One-dimensional device mesh of the ranks that share the weights.
+        device: Where this rank's shards live.
     """
+    empty = agree(network)
+    first = tensors_of(network) if any(empty) and dist.get_rank() == 0 else {}
     for blocks in [m for m in network.modules() if isinstance(m, nn.ModuleList)]:
         for block in blocks:
             fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
+    if any(empty):
+        fill(network, first, device)
+
+
+@contextmanager
+def sharing(mesh: Any, device: torch.device) -> Iterator[None]:
+    """Inside, :func:`placed` shards what is built, of which the first rank alone reads the weights.
+
+    Random numbers go on as if nothing had happened: ranks may have their own by now.
+    """
+    before = SHARING.set((mesh, device))
+    try:
+        with torch.random.fork_rng(devices=[]), FirstRankBuilds():
+            yield
+    finally:
+        SHARING.reset(before)
+
+
+def placed(network: nn.Module, device: torch.device) -> None:
+    """Bring a network to where it computes: onto the device, or inside of :func:`sharing` its shards."""
+    if (where := SHARING.get()) is None:
+        network.to(device)
+    else:
+        shard(network, *where)
 
 
 def is_sharded(network: nn.Module) -> bool:
@@ -42,11 +77,11 @@ def wake(network: nn.Module, device: torch.device) -> None:
 
 
 @contextmanager
-def gathered(network: nn.Module) -> Iterator[None]:
+def gathered(*networks: nn.Module) -> Iterator[None]:
     """Keep all weights whole for a while: generation would else gather them at every token, and ranks that decode
     different lengths would wait for each other for ever. Without shards nothing happens.
     """
-    shards = [m for m in network.modules() if isinstance(m, FSDPModule)]
+    shards = [m for network in networks for m in network.modules() if isinstance(m, FSDPModule)]
     for part in shards:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()

@@ -1,18 +1,23 @@
 """What a module takes over from the data module, and the checks on it."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.data.chat import ensure_chat_template
 from rlhf_lightning.data.tokenizers import load_tokenizer, repair_pad_token, same_tokenizer
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.sharding import shard
+from rlhf_lightning.models.adapters import has_adapter
+from rlhf_lightning.models.sharding import shard, sharing
+from rlhf_lightning.models.tensor_parallel import split
+from rlhf_lightning.modules.tensor_parallel import TensorParallelStrategy
+from rlhf_lightning.modules.zero import ZeROStrategy
 
 
 def training_tokenizer(module: LightningModule, *paths: str | None) -> PreTrainedTokenizerBase:
@@ -59,10 +64,38 @@ def check_context(module: LightningModule, network: PreTrainedModel, new_tokens:
         )
 
 
-def shard_if_asked(module: LightningModule, network: nn.Module) -> None:
-    """Under FSDP2 (``ModelParallelStrategy``), shard a network over the ranks; elsewhere nothing."""
-    if isinstance(getattr(module._trainer, "strategy", None), ModelParallelStrategy):
-        shard(network, module.device_mesh["data_parallel"])  # type: ignore[index]
+def shard_if_asked(module: LightningModule, network: nn.Module | None) -> None:
+    """Under FSDP2 (``ModelParallelStrategy``), shard a network over the ranks; elsewhere, or for no network, nothing.
+
+    Raises:
+        UserError: If the strategy is FSDP1 and the module steps its optimizer itself, or Lightning's DeepSpeed.
+    """
+    strategy = getattr(module._trainer, "strategy", None)
+    if isinstance(strategy, FSDPStrategy) and not module.automatic_optimization:
+        raise UserError(
+            f"{type(module).__name__} steps its own optimizer, which FSDP1 can't follow; use -c configs/strategy/fsdp2.yaml"
+        )
+    if isinstance(strategy, TensorParallelStrategy) and not module.automatic_optimization:
+        raise UserError(f"{type(module).__name__} has no tensor parallelism yet; use -c configs/strategy/fsdp2.yaml")
+    if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, ZeROStrategy):
+        raise UserError("Lightning's deepspeed writes folders as checkpoints; use -c configs/strategy/deepspeed.yaml")
+    if network is not None and isinstance(strategy, ModelParallelStrategy):
+        if not all(parameter.is_floating_point() for parameter in network.parameters()):
+            raise UserError("quantized weights can't be sharded over ranks; use trainer.strategy ddp, or no quantization")
+        mesh: Any = module.device_mesh
+        if isinstance(strategy, TensorParallelStrategy):
+            if any(has_adapter(part) for part in network.modules()):
+                raise UserError("an adapter has no tensor parallelism here; use trainer.strategy ddp or fsdp2")
+            split(network, mesh["tensor_parallel"])
+        shard(network, mesh["data_parallel"], strategy.root_device)
+
+
+def sharing_if_asked(module: LightningModule) -> AbstractContextManager[None]:
+    """Inside, under FSDP2, a reward's networks are built in shards; elsewhere nothing happens."""
+    strategy = getattr(module._trainer, "strategy", None)
+    if isinstance(strategy, ModelParallelStrategy):
+        return sharing(module.device_mesh["data_parallel"], strategy.root_device)  # type: ignore[index]
+    return nullcontext()
 
 
 def ready_tokenizer(path: str) -> PreTrainedTokenizerBase:

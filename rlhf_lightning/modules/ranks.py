@@ -1,11 +1,12 @@
-"""What each rank has of its own, brought together for a checkpoint and given back."""
+"""What each rank has of its own, brought together for a checkpoint and given back, to as many ranks or to others."""
 
+import hashlib
 from typing import Any
 
+import torch
 import torch.distributed
 from lightning.pytorch import Trainer
-
-from rlhf_lightning.errors import UserError
+from torch import Tensor
 
 
 def over_ranks(trainer: Trainer, value: Any) -> list[Any]:
@@ -22,15 +23,24 @@ def over_ranks(trainer: Trainer, value: Any) -> list[Any]:
     return values
 
 
-def of_this_rank(trainer: Trainer, values: list[Any]) -> Any:
-    """What this rank had.
+def of_this_rank(trainer: Trainer, states: list[Tensor]) -> Tensor:
+    """The state that this rank's generator had; where there was no such rank, one drawn from the first's and its number.
 
-    Raises:
-        UserError: If there were more or fewer ranks then.
+    Args:
+        trainer: Of this rank.
+        states: Of one of torch's CPU generators on every rank of then.
     """
-    if len(values) != trainer.world_size:
-        raise UserError(
-            f"the checkpoint is of a run on {len(values)} ranks, this one has {trainer.world_size}: random numbers and the "
-            "order of the rows can't go on; set trainer.devices and trainer.num_nodes to what they were"
-        )
-    return values[trainer.global_rank]
+    if trainer.global_rank < len(states):
+        return states[trainer.global_rank]
+    return torch.Generator().manual_seed(derived_seed(states[0], trainer.global_rank)).get_state()
+
+
+def derived_seed(state: Tensor, rank: int) -> int:
+    """A seed for a rank that had no generator of its own: the same every time, another one for each rank.
+
+    Args:
+        state: Of the first rank's generator.
+        rank: The rank.
+    """
+    digest = hashlib.sha256(state.numpy().tobytes() + rank.to_bytes(4, "little")).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rlhf_lightning import cli
-from rlhf_lightning.callbacks import checkpoint_file, export, metrics_file
+from rlhf_lightning.callbacks import checkpoint_file, checkpoint_shards, export, metrics_file
 from rlhf_lightning.callbacks.run_checkpoint import RunCheckpoint
 from rlhf_lightning.commands.quiet import be_quiet
 from rlhf_lightning.models.export import export_folder
@@ -109,6 +109,9 @@ def places(method: str) -> list[Place]:
         Place("checkpoint bytes", checkpoint_file, "write"),
         Place("checkpoint flush", checkpoint_file, "flush_folder"),
         Place("previous", checkpoint_file, "keep"),
+        Place("shards", checkpoint_shards, "write_shards"),
+        Place("shards folder", checkpoint_shards, "named"),
+        Place("remove shards", checkpoint_file, "remove_unused"),
         Place("export", export, "export_folder"),
     ]
 
@@ -286,7 +289,7 @@ def differences(one: Path, other: Path) -> list[str]:
     for name in ("metrics.csv", "export/model.safetensors"):
         if (one / name).read_bytes() != (other / name).read_bytes():
             found.append(name)
-    last = [torch.load(folder / "checkpoints" / checkpoint_file.LAST, weights_only=True) for folder in (one, other)]
+    last = [checkpoint_file.read(folder / "checkpoints" / checkpoint_file.LAST) for folder in (one, other)]
     for checkpoint in last:  # its state is the paths of the files that it keeps
         checkpoint["callbacks"] = {
             k: v for k, v in checkpoint["callbacks"].items() if not k.startswith("RunCheckpoint")
