@@ -248,6 +248,7 @@ def test_fewer_rows_than_ranks_are_refused(tmp_path, capsys):
         world_size=2,
         global_rank=0,
         accumulate_grad_batches=1,
+        distributed_sampler_kwargs={"num_replicas": 2, "rank": 0},
         _accelerator_connector=SimpleNamespace(use_distributed_sampler=False),
     )
     with pytest.raises(UserError, match=r"1 rows can't be shared by 2 ranks: .*trainer\.devices"):

@@ -9,6 +9,7 @@ from torch import Tensor
 from rlhf_lightning.data.collate import PromptCollator
 from rlhf_lightning.data.loaders import Placement, make_loader
 from rlhf_lightning.generation.engine import SamplingParameters
+from rlhf_lightning.generation.transformers_engine import TransformersEngine
 from rlhf_lightning.losses import PPOLoss
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules import PPOModule
@@ -32,7 +33,8 @@ def build(case: cases.Online, paths: dict[str, str]) -> PPOModule:
         ModelSpec(path=paths["critic"]),
         RewardModelReward(paths["reward"]),
         kl=FixedKL(cases.KL_COEF),
-        sampling=SamplingParameters(max_new_tokens=WIDTH, temperature=cases.TEMPERATURE),
+        # The engine that draws as TRL does: their dice are thrown for both.
+        sampling=SamplingParameters(max_new_tokens=WIDTH, temperature=cases.TEMPERATURE, engine=TransformersEngine()),
         loss=PPOLoss(clip_range=cases.CLIP, value_clip_range=cases.VALUE_CLIP, value_coef=cases.VALUE_COEF),
         advantages=GAE(
             gae_lambda=case.gae_lambda,

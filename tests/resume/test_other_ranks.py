@@ -42,8 +42,8 @@ def marked(change):
     return change if change in SOME else pytest.param(change, marks=pytest.mark.exhaustive)
 
 
-def changed(crew, method, change, die=("batch", 10)):
-    """A run that dies on some ranks and goes on on others."""
+def changed(crew, method, change, die=("batch", 12)):
+    """A run that dies on some ranks in the midst of an epoch, two batches after a checkpoint, and goes on on others."""
     ranks, more, later_ranks, later = CHANGES[change]
     name = f"{method}-{change.replace(' ', '_').replace(',', '')}"
     small = ONE_RANK_SMALL[3] == "4" and more == ONE_RANK_SMALL  # twice as many batches
