@@ -5,6 +5,7 @@
 # make planted-bugs put each bug that peers shipped into a copy of the package; each must turn a test red
 # make kills        kill runs at random moments; each must end as if nothing had happened, bit for bit
 # make peers        hold our numbers against TRL's, in environments of their own
+# make benchmark    our speed and memory beside TRL's: make benchmark ARGS="sft --size tiny --peer trl"
 # make vllm         generate with vLLM on the CPU, in an environment of its own; with ARGS="-m ''" also train with it
 # make deepspeed    train with DeepSpeed's ZeRO on two CPU ranks, in an environment of its own
 #
@@ -17,7 +18,7 @@ PARALLEL := -n auto --dist loadfile# one file in one process: its fixtures are m
 BIN := $(VENV)/bin
 PINNED := pyproject.toml constraints.txt
 
-.PHONY: help quickstart test check kills peers vllm deepspeed mutants planted-bugs lint format clean
+.PHONY: help quickstart test check kills peers benchmark vllm deepspeed mutants planted-bugs lint format clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -45,6 +46,9 @@ kills: $(VENV)/.installed-dev
 peers: .venv-peers/.installed .venv-peers-ppo/.installed
 	.venv-peers/bin/python -m pytest tests/peers $(ARGS)
 	.venv-peers-ppo/bin/python -m pytest tests/peers $(ARGS)
+
+benchmark: $(VENV)/.installed .venv-peers/.installed .venv-peers-ppo/.installed
+	$(BIN)/python benchmarks/compare.py $(ARGS)
 
 vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest tests/with_vllm -m "not exhaustive" $(ARGS)

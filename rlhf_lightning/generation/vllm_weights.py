@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.adapters import has_adapter
 from rlhf_lightning.models.export import Writing
 from rlhf_lightning.models.loading import embedding_weight
 from rlhf_lightning.models.merging import plain_weights, skeleton
@@ -192,7 +191,8 @@ def write_model(network: PreTrainedModel, weights: dict[str, Tensor], folder: st
     Raises:
         UserError: If the disk is full.
     """
-    plain = skeleton(network) if has_adapter(network) else network
+    plain: Any = skeleton(network)
+    plain.should_save_on_this_rank = lambda is_main_process: True  # each rank has a vLLM of its own; transformers writes one
     with Writing(Path(folder)):
         plain.save_pretrained(folder, state_dict=weights)
 
