@@ -176,7 +176,9 @@ def settle(loop: dict[str, Any], trainer: Trainer, validation_waits: bool) -> No
     validation = loop["epoch_loop.val_loop.batch_progress"]
     at_epoch_end = epochs["current"]["processed"] == epochs["current"]["ready"]
     # max_steps and max_time end a run, and its last epoch early: with more of them it goes on in the midst of that epoch.
-    over = batches["is_last_batch"] or batches["current"]["ready"] >= trainer.num_training_batches  # of a stream, unknown
+    over = (
+        batches["is_last_batch"] or batches["current"]["ready"] >= trainer.num_training_batches
+    )  # of a stream, unknown
     epoch_is_over = at_epoch_end and over
     if not at_epoch_end and not validation_waits:  # Lightning counts the step after the hooks
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1

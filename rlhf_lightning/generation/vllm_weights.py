@@ -192,7 +192,9 @@ def write_model(network: PreTrainedModel, weights: dict[str, Tensor], folder: st
         UserError: If the disk is full.
     """
     plain: Any = skeleton(network)
-    plain.should_save_on_this_rank = lambda is_main_process: True  # each rank has a vLLM of its own; transformers writes one
+    plain.should_save_on_this_rank = lambda is_main_process: (
+        True
+    )  # each rank has a vLLM of its own; transformers writes one
     with Writing(Path(folder)):
         plain.save_pretrained(folder, state_dict=weights)
 

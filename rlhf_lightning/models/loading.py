@@ -142,7 +142,9 @@ def _from_path(auto: Any, spec: ModelSpec, **kwargs: Any) -> tuple[PreTrainedMod
 def _without_weights(auto: Any, config: PretrainedConfig, spec: ModelSpec) -> PreTrainedModel:
     """What ``from_pretrained`` gives, but for the weights."""
     if spec.quantization is not None:
-        raise UserError(f"{spec.path}: {spec.quantization} weights can't be cut into shards; use -c configs/strategy/ddp.yaml")
+        raise UserError(
+            f"{spec.path}: {spec.quantization} weights can't be cut into shards; use -c configs/strategy/ddp.yaml"
+        )
     model = auto.from_config(
         config,
         dtype=getattr(torch, spec.dtype),

@@ -27,8 +27,12 @@ class ScalarModel(nn.Module):
         scalar_head(network)  # an architecture without one is refused here, not in the first step
         use_rows(network)
         self.network = network
-        self.register_buffer("gain", torch.tensor(float(getattr(network.config, "reward_gain", 1.0)), dtype=torch.float32))
-        self.register_buffer("bias", torch.tensor(float(getattr(network.config, "reward_bias", 0.0)), dtype=torch.float32))
+        self.register_buffer(
+            "gain", torch.tensor(float(getattr(network.config, "reward_gain", 1.0)), dtype=torch.float32)
+        )
+        self.register_buffer(
+            "bias", torch.tensor(float(getattr(network.config, "reward_bias", 0.0)), dtype=torch.float32)
+        )
 
     def forward(
         self,

@@ -81,7 +81,9 @@ def shard_if_asked(module: LightningModule, network: nn.Module | None) -> None:
         raise UserError("Lightning's deepspeed writes folders as checkpoints; use -c configs/strategy/deepspeed.yaml")
     if network is not None and isinstance(strategy, ModelParallelStrategy):
         if not all(parameter.is_floating_point() for parameter in network.parameters()):
-            raise UserError("quantized weights can't be sharded over ranks; use trainer.strategy ddp, or no quantization")
+            raise UserError(
+                "quantized weights can't be sharded over ranks; use trainer.strategy ddp, or no quantization"
+            )
         mesh: Any = module.device_mesh
         if isinstance(strategy, TensorParallelStrategy):
             if any(has_adapter(part) for part in network.modules()):

@@ -274,9 +274,7 @@ class PPOModule(LightningModule):
             },
             progress=("objective/scores", "objective/kl", "objective/length"),
         )
-        self.kl.update(
-            float(means["objective/kl"]), int(self._all_sum(torch.tensor(len(rollout), device=self.device)))
-        )
+        self.kl.update(float(means["objective/kl"]), int(self._all_sum(torch.tensor(len(rollout), device=self.device))))
         scheduler.step()
 
     def show(self, batch: PromptBatch, count: int) -> list[Sample]:

@@ -76,7 +76,9 @@ def test_a_cache_that_is_not_of_these_rows_stops_the_run(base, cache, damage):  
             save_file({"logps": torch.zeros(5, 2)}, file)
         else:
             file.write_bytes(b"no such thing")
-    with pytest.raises(UserError, match="are of 5 rows, the data has" if damage == "rows" else r"can't be read .* delete"):
+    with pytest.raises(
+        UserError, match="are of 5 rows, the data has" if damage == "rows" else r"can't be read .* delete"
+    ):
         run(base, rows(), precompute_reference=True)
 
 
