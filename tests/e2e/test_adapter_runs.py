@@ -143,7 +143,12 @@ def with_adapters(method, base):
 
 @pytest.mark.parametrize(
     ("method", "die"),
-    [("sft", ("batch", 19)), ("reward", ("epoch end", 1)), ("dpo", ("batch", 11)), ("ppo", ("update", 31))],
+    [
+        ("ppo", ("update", 31)),
+        pytest.param("sft", ("batch", 19), marks=pytest.mark.exhaustive),
+        pytest.param("reward", ("epoch end", 1), marks=pytest.mark.exhaustive),
+        pytest.param("dpo", ("batch", 11), marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_run_that_was_killed_goes_on_bit_for_bit(crew, method, die):
     flags = with_adapters(method, crew.base)
@@ -154,6 +159,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(crew, method, die):
     assert differences(whole, folder) == []
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("method", "die"), [("dpo", ("batch", 5)), ("ppo", ("update", 16))])
 def test_a_run_in_shards_that_was_killed_goes_on_bit_for_bit(crew, method, die):
     flags = [*with_adapters(method, crew.base), "--trainer.strategy", "fsdp2", "--trainer.max_epochs", "1"]
@@ -171,6 +177,9 @@ def test_the_export_command_does_what_the_run_did(crew, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (folder / "export" / name).read_bytes()
     run("export", "--run", str(folder), "--output", str(tmp_path / "alone"), "--merge", "false")
     assert [p.name for p in (tmp_path / "alone").iterdir()] == ["adapter"]
+
+
+FURTHER = [("dpo", "ddp"), *((method, strategy) for method in ("sft", "reward") for strategy in ("ddp", "fsdp2"))]
 
 
 @pytest.fixture(scope="module")
@@ -191,8 +200,10 @@ def over_ranks(crew, tmp_path_factory):
     return finished
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("method", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize(
+    ("method", "strategy"),
+    [("dpo", "fsdp2"), *(pytest.param(m, s, marks=pytest.mark.exhaustive) for m, s in FURTHER)],
+)
 def test_two_ranks_train_the_adapter_that_one_does(over_ranks, method, strategy):
     one, two = over_ranks(method, None), over_ranks(method, strategy)
     assert len(logged(one, "train/loss")) == 6
@@ -200,6 +211,7 @@ def test_two_ranks_train_the_adapter_that_one_does(over_ranks, method, strategy)
     compare_exports(one, two)
 
 
+@pytest.mark.exhaustive
 def test_two_adapters_on_one_base_are_the_same_whole_and_in_shards(over_ranks):
     """PPO's ranks draw responses of their own: two ranks are held against each other, not against one."""
     whole, shards = over_ranks("ppo", "ddp"), over_ranks("ppo", "fsdp2")

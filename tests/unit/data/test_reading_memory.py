@@ -30,7 +30,14 @@ def write_large(path, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "how"), [("r.jsonl", []), ("r.json", []), ("r.jsonl", ["stream"])])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("r.jsonl", []),
+        pytest.param("r.json", [], marks=pytest.mark.exhaustive),
+        pytest.param("r.jsonl", ["stream"], marks=pytest.mark.exhaustive),
+    ],
+)
 def test_350_megabytes_are_read_in_a_tenth_of_that(tmp_path, word, name, how):
     """Blocks of rows and of tokens, the order of an epoch, and what is held before anything is written to disk: 32 MiB."""
     word.save_pretrained(tmp_path / "word")
