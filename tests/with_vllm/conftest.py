@@ -31,7 +31,17 @@ class RunningServer:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
         command += ["--dtype", "float32", "--skip-tokenizer-init", "--enable-scale-out"]
         command += ["--logprobs-mode", "processed_logprobs", "--enforce-eager", "--kv-cache-memory-bytes", str(2**27)]
-        command += ["--max-num-seqs", "64", "--host", "127.0.0.1", "--port", str(self.port), *options]
+        command += [
+            "--max-num-seqs",
+            "64",
+            "--block-size",
+            "32",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            *options,
+        ]
         command += ["--worker-extension-cls", EXTENSION] if "--worker-extension-cls" not in options else []
         environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         environment["PYTHONPATH"] = str(Path(__file__).parents[2])

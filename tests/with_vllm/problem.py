@@ -12,7 +12,7 @@ NEVER: list[int] = []  # no token ends a response
 PROMPTS = ([4, 5, 6, 7], [8, 9], [10, 3, 3])
 LONGEST = 96
 VERSIONS = count()  # of the weights, over all tests
-SMALL = {"enforce_eager": True, "max_num_seqs": 64}  # engine arguments that make for a quick start
+SMALL = {"enforce_eager": True, "max_num_seqs": 64, "block_size": 32}  # a quick start, and prompts fill a cached block
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make vllm")
 

@@ -41,6 +41,15 @@ def test_logprobs_are_those_of_the_policy_after_each_of_several_updates(take, ne
         change(network, seed=update, by=0.05)
 
 
+def test_keys_and_values_of_old_weights_are_forgotten(take, network):
+    prompt = [5, 6, 7, 8, 9, 10, 11] * 10  # more than two blocks of the cache
+    for update in range(3):
+        generation = drawn(take(network), network, SamplingParameters(max_new_tokens=6), prompts=[prompt] * 4)
+        for tokens, logprobs in zip(generation.tokens.tolist(), generation.logprobs, strict=True):
+            torch.testing.assert_close(logprobs, logprobs_of(network, prompt, tokens), rtol=0, atol=1e-4)
+        change(network, seed=update, by=0.05)
+
+
 def test_the_same_version_is_not_asked_for_twice(engine, network, monkeypatch):
     version = next(VERSIONS)
     engine.take_weights(network, None, version)

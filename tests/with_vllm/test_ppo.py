@@ -34,16 +34,34 @@ def fit(config, root, *flags):
     print(f"{Path(root).name}: {time.monotonic() - started:.0f} s")
 
 
+def places(folder):
+    """Where PPO's three models are."""
+    reward = f"{folder}/reward/export"
+    return [
+        f"--model.policy.path={folder}/sft/export",
+        f"--model.critic.path={reward}",
+        f"--model.reward.init_args.path={reward}",
+    ]
+
+
+def differences(run):
+    """The largest difference between the engine's and the policy's log-probabilities in each iteration, nats."""
+    with (run / "metrics.csv").open() as file:
+        found = [row.get("train/sampling/sampling_logp_difference/max") for row in csv.DictReader(file)]
+    return [float(value) for value in found if value]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The quickstart, with heads of a width that vLLM's CPU attention knows; PPO with either engine."""
+    """Runs of an earlier test are taken from the folder VLLM_PPO_RUNS, if it is given; none of them is quick.
+
+    The quickstart, with heads of a width that vLLM's CPU attention knows; PPO with either engine.
+    """
     folder = Path(os.environ.get("VLLM_PPO_RUNS") or tmp_path_factory.mktemp("ppo"))
     heads = ["--model.policy.architecture.num_attention_heads", "3"]
     stages = {"sft": ("sft", *heads), "reward": ("reward", "--model.network.path", f"{folder}/sft/export")}
-    places = [f"--model.policy.path={folder}/sft/export", f"--model.critic.path={folder}/reward/export"]
-    places += [f"--model.reward.init_args.path={folder}/reward/export"]
     for seed in SEEDS:
-        seeded = [*places, "--seed_everything", str(seed)]
+        seeded = [*places(folder), "--seed_everything", str(seed)]
         stages[f"native_{seed}"] = ("ppo", *seeded)
         stages[f"vllm_{seed}"] = ("ppo", "-c", "configs/engine/vllm.yaml", *seeded)
     for name, (config, *flags) in stages.items():
@@ -77,12 +95,18 @@ def test_ppo_reaches_the_gold_reward_of_our_own_engine(runs):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_after_each_update_the_log_probabilities_are_the_policys(runs, seed):
-    with (runs / f"vllm_{seed}" / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    name = "train/sampling/sampling_logp_difference/max"
-    apart = [float(row[name]) for row in rows if row.get(name)]
+    apart = differences(runs / f"vllm_{seed}")
     print(f"seed {seed}: at most {max(apart):.1e} nats over {len(apart)} iterations")
     assert len(apart) > 60
+    assert max(apart) < 1e-4
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_with_an_engine_each(runs, tmp_path, strategy):
+    flags = ["--trainer.devices", "2", "--trainer.strategy", strategy, "--trainer.max_steps", "12"]
+    fit("ppo", tmp_path / strategy, "-c", "configs/engine/vllm.yaml", *places(runs), *flags)
+    apart = differences(tmp_path / strategy)
+    assert len(apart) == 3
     assert max(apart) < 1e-4
 
 

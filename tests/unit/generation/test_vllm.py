@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import SamplingParameters
@@ -126,9 +127,10 @@ def test_the_probe_tells_weights_apart(network):
         check_probe(logprobs, [float("nan")] * len(logprobs), 1e-3, "vLLM")
 
 
-def test_files_are_plain_transformers_and_gone_afterwards(network, tmp_path):
-    from transformers import AutoModelForCausalLM
-
+@pytest.mark.parametrize("first_rank", [True, False])
+def test_files_are_plain_transformers_and_gone_afterwards(network, tmp_path, monkeypatch, first_rank):
+    # So transformers asks whether to write at all; each rank has a vLLM of its own that needs the files.
+    monkeypatch.setattr(type(network), "should_save_on_this_rank", lambda self, is_main_process: first_rank)
     seen = []
 
     def reload(folder):
