@@ -6,8 +6,11 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_lightning.models.export import export_folder
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
+from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.spec import ModelSpec
+from tests.unit.models.adapted import LORA, exported, learnt
 
 torch.set_num_threads(1)  # threads that wait for each other cost more than they give
 
@@ -93,3 +96,27 @@ class Rows:
 @pytest.fixture
 def rows():
     return Rows
+
+
+@pytest.fixture
+def base(causal, tokenizer, tmp_path):
+    return str(export_folder(causal, tokenizer, tmp_path / "base"))
+
+
+@pytest.fixture
+def adapted(base):
+    return ModelSpec(path=base, adapter=LORA)
+
+
+@pytest.fixture
+def batch(rows):
+    return rows.laid_out("right")
+
+
+@pytest.fixture
+def reward_adapter(base, tokenizer, tmp_path):
+    """A trained reward model: its adapter folder, and the model."""
+    model = ScalarModel(load_scalar_model(ModelSpec(path=base, adapter=LORA), tokenizer, new_head=True))
+    learnt(model, seed=3)
+    model.normalise(2.0, 3.0)
+    return exported(model, tokenizer, tmp_path / "reward") / "adapter", model

@@ -24,30 +24,6 @@ from rlhf_lightning.modules.tensor_parallel import TensorParallelStrategy
 from tests.unit.models.adapted import LORA, change, exported, learnt, logits
 
 
-@pytest.fixture
-def base(causal, tokenizer, tmp_path):
-    return str(export_folder(causal, tokenizer, tmp_path / "base"))
-
-
-@pytest.fixture
-def adapted(base):
-    return ModelSpec(path=base, adapter=LORA)
-
-
-@pytest.fixture
-def batch(rows):
-    return rows.laid_out("right")
-
-
-@pytest.fixture
-def reward_adapter(base, tokenizer, tmp_path):
-    """A trained reward model: its adapter folder, and the model."""
-    model = ScalarModel(load_scalar_model(ModelSpec(path=base, adapter=LORA), tokenizer, new_head=True))
-    learnt(model, seed=3)
-    model.normalise(2.0, 3.0)
-    return exported(model, tokenizer, tmp_path / "reward") / "adapter", model
-
-
 @pytest.mark.parametrize(
     "adapter", [LORA, LoRA(rank=2, alpha=4, use_rslora=True, init="gaussian")], ids=["plain", "rslora"]
 )

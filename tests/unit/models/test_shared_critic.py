@@ -12,31 +12,7 @@ from rlhf_lightning.models.policy import PolicyNetwork
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.shared_critic import SharedCritic, load_critic
 from rlhf_lightning.models.spec import LoRA, ModelSpec
-from tests.unit.models.adapted import LORA, exported, learnt, parameter_bytes
-
-
-@pytest.fixture
-def base(causal, tokenizer, tmp_path):
-    return str(export_folder(causal, tokenizer, tmp_path / "base"))
-
-
-@pytest.fixture
-def adapted(base):
-    return ModelSpec(path=base, adapter=LORA)
-
-
-@pytest.fixture
-def batch(rows):
-    return rows.laid_out("right")
-
-
-@pytest.fixture
-def reward_adapter(base, tokenizer, tmp_path):
-    """A trained reward model: its adapter folder, and the model."""
-    model = ScalarModel(load_scalar_model(ModelSpec(path=base, adapter=LORA), tokenizer, new_head=True))
-    learnt(model, seed=3)
-    model.normalise(2.0, 3.0)
-    return exported(model, tokenizer, tmp_path / "reward") / "adapter", model
+from tests.unit.models.adapted import LORA, learnt, parameter_bytes
 
 
 def pair(spec, critic_spec, tokenizer):
