@@ -28,8 +28,14 @@ def weighed(rollout: Rollout, drawn: Generation, cap: float) -> tuple[Rollout, C
 
     Returns:
         The rollout, and sums and counts by TRL's names.
+
+    Raises:
+        UserError: If the engine gave no log-probabilities.
     """
-    assert drawn.logprobs is not None
+    if drawn.logprobs is None:
+        raise UserError(
+            "an engine whose numbers are not the policy's has to give the log-probabilities that it drew with"
+        )
     mask = rollout.response_mask
     weights = importance_weights(rollout.logprobs, drawn.logprobs, mask, cap=cap)
     ratio = weights[mask]

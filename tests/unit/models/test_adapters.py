@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapters import DEFAULT, active, adapter_weights
-from rlhf_lightning.models.export import export_folder
 from rlhf_lightning.models.frozen import Frozen, policy_as_it_starts
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork
@@ -20,21 +19,6 @@ LINEARS = {  # shapes of the linear layers of one block, in and out
     "llama": [(16, 16), (16, 8), (16, 8), (16, 16), (16, 32), (16, 32), (32, 16)],
     "gpt2": [(16, 48), (16, 16), (16, 64), (64, 16)],
 }
-
-
-@pytest.fixture
-def base(causal, tokenizer, tmp_path):
-    return str(export_folder(causal, tokenizer, tmp_path / "base"))
-
-
-@pytest.fixture
-def adapted(base):
-    return ModelSpec(path=base, adapter=LORA)
-
-
-@pytest.fixture
-def batch(rows):
-    return rows.laid_out("right")
 
 
 # ---------------------------------------------------------------- what is trained
