@@ -85,6 +85,12 @@ def test_weights_that_are_not_equal_after_all_are_an_error():
         (scores.logprobs * torch.arange(POSITIONS)).sum().backward()
 
 
+def test_a_loss_that_is_not_a_number_gives_such_gradients():
+    model, (states, tokens) = network(), inputs()
+    scores = head_scores(model, states.requires_grad_(), tokens, equal_weights=True)
+    assert torch.autograd.grad(scores.logprobs.sum() * float("nan"), states)[0].isnan().all()
+
+
 def test_the_graph_can_be_gone_through_twice():
     model, (states, tokens) = network(), inputs()
     scores = head_scores(model, states.requires_grad_(), tokens)
