@@ -120,9 +120,8 @@ class _HeadScores(torch.autograd.Function):
         job = ctx.job
         if ctx.made is not None:
             scale = grads[0][:1]
-            if not torch.isclose(
-                grads[0], scale, rtol=0, atol=0, equal_nan=True
-            ).all():  # NaN: the guard of steps tells it
+            alike = torch.isclose(grads[0], scale, rtol=0, atol=0, equal_nan=True)  # of NaN, the guard of steps tells
+            if not alike.all():
                 raise RuntimeError("the log-probabilities were said to weigh alike in the loss, and do not")
             return (None, *(made * scale.sum().to(made.dtype) for made in ctx.made))
         hidden, entropy, *weights = ctx.saved_tensors
