@@ -31,7 +31,7 @@ FREE_OF_LIGHTNING = ["functional", "losses", "batches", "models", "generation", 
 
 
 def part_of(file: Path) -> str:
-    """``models`` of rlhf_lightning/models/policy.py, ``losses`` of rlhf_lightning/losses.py."""
+    """``models`` of rlhf_lightning/models/policy.py, ``batches`` of rlhf_lightning/batches.py."""
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

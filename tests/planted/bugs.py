@@ -72,7 +72,7 @@ GRADIENTS = [
     bug(
         "mean over each response's tokens (1/|y|)",
         "14.3, GRPO",
-        "losses.py",
+        "losses/ppo.py",
         "clip_range=self.clip_range)\n        return loss.sum(), clipped.sum()",
         "clip_range=self.clip_range)\n        share = mask.sum() / (len(mask) * mask.sum(1, keepdim=True))\n"
         "        return (share * loss).sum(), clipped.sum()",
@@ -167,7 +167,7 @@ GRADIENTS = [
     bug(
         "DPO's beta halved",
         "14.4",
-        "losses.py",
+        "losses/pairs.py",
         "rejected_logratio, beta=self.beta, label",
         "rejected_logratio, beta=self.beta / 2, label",
         PAIR_GRADIENT,
@@ -387,7 +387,7 @@ NORMALISERS = [
     bug(
         "the value loss divides by its micro-batch",
         "verl's value loss",
-        "losses.py",
+        "losses/ppo.py",
         "clip_range=self.value_clip_range)\n        return loss.sum(), clipped.sum()",
         "clip_range=self.value_clip_range)\n        return loss.sum() / mask.sum() * len(mask), clipped.sum()",
         layout("ppo", "micro-batches of two"),
@@ -459,7 +459,7 @@ NORMALISERS = [
     bug(
         "margins left out",
         "OpenRLHF LogExpLoss",
-        "losses.py",
+        "losses/ranking.py",
         "margin=self.margin_scale * margin)",
         "margin=0 * margin)",
         "unit/test_losses.py::test_bradley_terry_adds_the_scaled_margin_and_the_centring_term",

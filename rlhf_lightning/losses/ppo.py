@@ -1,0 +1,42 @@
+"""PPO's loss: three terms that are clipped and weighed."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.functional.masked import masked_sum
+from rlhf_lightning.functional.policy import clipped_policy_loss
+from rlhf_lightning.functional.value import clipped_value_loss
+from rlhf_lightning.losses.checks import require_not_negative, require_positive
+
+
+@dataclass(frozen=True)
+class PPOLoss:
+    """PPO's three terms: clipped surrogate, ``value_coef`` times the value loss, minus ``entropy_coef`` times entropy."""
+
+    clip_range: float = 0.2
+    value_clip_range: float = 0.2
+    value_coef: float = 0.1
+    entropy_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse coefficients for which the loss means nothing."""
+        require_positive("value_clip_range", self.value_clip_range)
+        if not 0 < self.clip_range < 1:
+            raise UserError(f"clip_range is in (0, 1), not {self.clip_range}")
+        require_not_negative(value_coef=self.value_coef, entropy_coef=self.entropy_coef)
+
+    def policy(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed policy loss and the number of clipped tokens, scalars."""
+        loss, clipped = clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip_range=self.clip_range)
+        return loss.sum(), clipped.sum()
+
+    def value(self, values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed value loss and the number of clipped tokens, scalars."""
+        loss, clipped = clipped_value_loss(values, old_values, returns, mask, clip_range=self.value_clip_range)
+        return loss.sum(), clipped.sum()
+
+    def total(self, policy: Tensor, value: Tensor, entropy: Tensor, mask: Tensor) -> Tensor:
+        """The three terms together, summed over tokens. ``entropy`` is per token, shape (batch, length)."""
+        return policy + self.value_coef * value - self.entropy_coef * masked_sum(entropy, mask)
