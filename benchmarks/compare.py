@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.measure import SIDES  # noqa: E402
-from benchmarks.problem import METHODS, SIZES, Spec, write  # noqa: E402
+from benchmarks.problem import METHODS, ONLINE, SIZES, Spec, write  # noqa: E402
 from benchmarks.table import Line, disturbed, table  # noqa: E402
 
 PEERS = {
@@ -24,7 +24,10 @@ PEERS = {
         "sft": ["trl", "trl-padding-free", "trl-compact", "trl-padding-free-compact"],
         "reward": ["trl"],
         "dpo": ["trl", "trl-compact"],  # 1.16 has padding-free DPO switched off
+        "kto": ["trl", "trl-compact"],
         "ppo": ["trl"],
+        "grpo": ["trl", "trl-compact"],
+        "rloo": ["trl", "trl-compact"],
     }
 }
 
@@ -92,7 +95,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
     parser.add_argument("--sides", help="comma-separated; all by default")
-    parser.add_argument("--steps", type=int, help="timed steps a run (PPO: iterations)")
+    parser.add_argument("--steps", type=int, help="timed steps a run (of methods that sample: iterations)")
     return parser.parse_args()
 
 
@@ -101,13 +104,13 @@ def main() -> None:
     asked = arguments()
     sides, size = sides_of(asked.method, asked.peer, asked.sides), SIZES[asked.size]
     pythons = {side: python_of(side, asked.method) for side in sides}
-    warmup, steps = size.ppo_steps if asked.method == "ppo" else size.steps
+    warmup, steps = size.ppo_steps if asked.method in ONLINE else size.steps
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         shape = (asked.precision, asked.threads, warmup, asked.steps or steps, folder)
         specs = {side: Spec(asked.method, asked.size, side, *shape) for side in sides}
         first = specs[sides[0]]
-        write(size, Path(folder), first.batch_size * (first.warmup + first.steps))
+        write(first.shape, Path(folder), first.batch_size * (first.warmup + first.steps))
         for _ in range(asked.rounds):
             for side in sides:
                 lines.append(run_side(specs[side], pythons[side]))

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.problem import Spec, sequences
+from benchmarks.problem import GROUPED, ONLINE, Spec, sequences
 
 SIDES = {
     "ours": "benchmarks.side_ours",
@@ -23,6 +23,7 @@ SIDES = {
     "trl-compact": "benchmarks.side_trl",
     "trl-padding-free-compact": "benchmarks.side_trl",
     "trl-ppo": "benchmarks.side_trl_ppo",
+    "trl-group": "benchmarks.side_trl_group",
 }
 
 
@@ -138,7 +139,7 @@ class Meter:
         wall, cpu = wall1 - wall0, cpu1 - cpu0
         timed = [row for batch in spec.batches()[spec.warmup :] for row in batch]
         amounts = {"tok": _tokens(spec.method, timed)[0]}
-        if spec.method == "ppo":
+        if spec.method in ONLINE:
             amounts["rollouts"] = len(timed)
         rates = {f"{name}_s": amount / wall for name, amount in amounts.items()}
         rates |= {f"{name}_cpu_s": amount / cpu for name, amount in amounts.items()}
@@ -162,12 +163,12 @@ class Meter:
         counts = {"real_fraction": real / self.positions}
         if self._counter is None:
             return counts
-        rows, ppo = self._counter.rows, spec.method == "ppo"
-        passes, phase = (spec.shape.epochs, "update") if ppo else (1, "")
+        rows, online = self._counter.rows, spec.method in ONLINE
+        passes, phase = (spec.shape.epochs, "update") if online else (1, "")
         counts["matmul_tokens_per_real_token"] = rows[phase, "first"] / real / passes
         if spec.method != "reward":
             counts["head_positions_per_response_token"] = rows[phase, "head"] / responses / passes
-        if ppo:
+        if online:
             counts["decode_row_steps_per_token"] = rows["generation", "head"] / responses
         return counts
 
@@ -197,7 +198,8 @@ def main() -> None:
 
     torch.set_num_threads(spec.threads)
     meter = Meter(spec, spawned)
-    name = "trl-ppo" if (spec.side, spec.method) == ("trl", "ppo") else spec.side
+    own = {"ppo": "trl-ppo", **dict.fromkeys(GROUPED, "trl-group")}  # methods whose TRL has a file of its own
+    name = own.get(spec.method, spec.side) if spec.side.startswith("trl") else spec.side
     importlib.import_module(SIDES[name]).run(spec, meter)
     result.write_text(json.dumps(meter.result()))
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 PAD, EOS, UNK, FIRST_WORD = 0, 1, 2, 3
-METHODS = ("sft", "reward", "dpo", "ppo")
+METHODS = ("sft", "reward", "dpo", "kto", "ppo", "grpo", "rloo")
+GROUPED = ("grpo", "rloo")
+ONLINE = ("ppo", *GROUPED)
 LR, DPO_BETA, KL_COEF, MAX_GRAD_NORM = 1e-5, 0.1, 0.05, 1.0
 
 
@@ -36,12 +38,13 @@ class Size:
         pairs: Pairs a step.
         rollouts: Responses an iteration of PPO.
         group: Responses to one prompt.
-        epochs: Passes over them.
+        groups: Prompts an iteration of GRPO or RLOO, and responses to each, which are learnt from once.
+        epochs: Passes over PPO's responses.
         micro: Responses a forward of our PPO's update; None for all.
-        steps: Warm-up and timed steps (PPO: iterations).
-        ppo_steps: The same for PPO.
+        steps: Warm-up and timed steps.
+        ppo_steps: Warm-up and timed iterations of the methods that sample.
         prompt: Lengths of prompts.
-        response: Lengths of responses, EOS included; the longest is what PPO may generate.
+        response: Lengths of responses, EOS included; the longest is what may be generated.
     """
 
     vocabulary: int
@@ -54,6 +57,7 @@ class Size:
     pairs: int = 8
     rollouts: int = 32
     group: int = 1
+    groups: tuple[int, int] = (8, 4)
     epochs: int = 4
     micro: int | None = None
     steps: tuple[int, int] = (2, 10)
@@ -66,6 +70,7 @@ TOY: dict[str, Any] = {
     "rows": 4,
     "pairs": 3,
     "rollouts": 5,
+    "groups": (2, 3),
     "epochs": 2,
     "steps": (1, 2),
     "ppo_steps": (1, 1),
@@ -86,7 +91,7 @@ GPU: dict[str, Any] = {
 SIZES = {
     "toy": Size(97, 16, 2, 4, 2, 24, **TOY),
     "tiny": Size(4096, 128, 4, 4, 2, 384),
-    "small": Size(32000, 384, 6, 6, 3, 1536, rollouts=8, epochs=2, steps=(1, 3), ppo_steps=(1, 2)),
+    "small": Size(32000, 384, 6, 6, 3, 1536, rollouts=8, groups=(4, 4), epochs=2, steps=(1, 3), ppo_steps=(1, 2)),
     # For gpu.py, in the shapes of Qwen2.5-0.5B, of Llama 3.2 1B and of Qwen2.5-1.5B.
     "0.5b": Size(151936, 896, 24, 14, 2, 4864, **GPU),
     "1b": Size(128256, 2048, 16, 32, 8, 8192, **GPU),
@@ -126,17 +131,23 @@ class Spec:
 
     @property
     def shape(self) -> Size:
-        """The size that is named, with its changes."""
+        """The size that is named, with its changes; ``rollouts`` and ``group`` are those of the method."""
         changes: dict[str, Any] = {
             name: Lengths(*value) if isinstance(value, list) else value for name, value in self.changes.items()
         }
-        return replace(SIZES[self.size], **changes)
+        shape = replace(SIZES[self.size], **changes)
+        if self.method not in GROUPED:
+            return shape
+        prompts, group = shape.groups
+        return replace(shape, rollouts=prompts * group, group=group, epochs=1)
 
     @property
     def batch_size(self) -> int:
-        """Rows, pairs or prompts a step."""
+        """Rows, pairs or responses a step."""
         size = self.shape
-        return {"sft": size.rows, "reward": size.pairs, "dpo": size.pairs, "ppo": size.rollouts}[self.method]
+        if self.method in ONLINE:
+            return size.rollouts
+        return size.rows if self.method == "sft" else size.pairs
 
     @property
     def policy(self) -> str:
@@ -187,9 +198,22 @@ def draw_rows(size: Size, count: int, seed: int = 0) -> list[dict[str, list[int]
 
 
 def sequences(method: str, row: dict[str, list[int]]) -> list[tuple[list[int], list[int]]]:
-    """What a step on this row has to read: prompt and response, once for each response that the method learns from."""
-    names = ("chosen_ids", "rejected_ids") if method in ("reward", "dpo") else ("chosen_ids",)
-    return [(row["prompt_ids"], row[name]) for name in names]
+    """What a step on this row has to read: prompt and response, once for each response that the method learns from.
+
+    KTO reads each again, behind another prompt: other sequences with as many tokens.
+    """
+    names = ("chosen_ids", "rejected_ids") if method in ("reward", "dpo", "kto") else ("chosen_ids",)
+    return [(row["prompt_ids"], row[name]) for name in names * (2 if method == "kto" else 1)]
+
+
+def crossed(pairs: list[tuple[list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
+    """Each prompt with the response of the row before, the first with the last one's."""
+    return [(prompt, pairs[number - 1][1]) for number, (prompt, _) in enumerate(pairs)]
+
+
+def odd_share(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward that costs nothing: which part of a response's ids is odd."""
+    return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
 
 
 def text(ids: list[int]) -> str:

@@ -7,17 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import group_losses
 from benchmarks.bare_generation import generate
 from benchmarks.bare_llama import BareLlama, CrossEntropy, Flat
 from benchmarks.measure import Meter
-from benchmarks.problem import DPO_BETA, KL_COEF, LR, MAX_GRAD_NORM, Spec, sequences
+from benchmarks.problem import DPO_BETA, KL_COEF, LR, MAX_GRAD_NORM, Spec, crossed, odd_share, sequences
 
 Rows = list[dict[str, list[int]]]
 
 
 def run(spec: Spec, meter: Meter) -> None:
     """All steps of the method."""
-    {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}[spec.method](spec, meter)
+    {"sft": sft, "reward": reward, "dpo": dpo, "kto": kto, "ppo": ppo, "grpo": grouped, "rloo": grouped}[spec.method](
+        spec, meter
+    )
 
 
 def load(spec: Spec, folder: str, trained: bool = True) -> BareLlama:
@@ -93,6 +96,30 @@ def dpo(spec: Spec, meter: Meter) -> None:
     train(spec, meter, model, loss_of)
 
 
+def kto(spec: Spec, meter: Meter) -> None:
+    model, reference = load(spec, spec.policy), load(spec, spec.reference, trained=False)
+
+    def logps(network: BareLlama, batch: Flat, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
+        row = torch.repeat_interleave(torch.tensor([len(response) for _, response in pairs]))
+        tokens = network.logprobs(network.hidden(batch)[batch.scored], batch.targets)
+        return torch.zeros(len(pairs)).index_add(0, row, tokens)
+
+    def loss_of(rows: Rows) -> Tensor:
+        pairs = both(spec, rows)
+        others = crossed(pairs)
+        own, other = Flat.of(pairs), Flat.of(others)
+        meter.fed(len(own.ids) + len(other.ids))
+        with torch.no_grad():
+            old = logps(reference, own, pairs)
+            z0 = (logps(model, other, others) - logps(reference, other, others)).mean().clamp(min=0)
+        liked, disliked = (logps(model, own, pairs) - old).chunk(2)
+        return torch.cat(
+            [1 - torch.sigmoid(DPO_BETA * (liked - z0)), 1 - torch.sigmoid(DPO_BETA * (z0 - disliked))]
+        ).mean()
+
+    train(spec, meter, model, loss_of)
+
+
 def ends(batch: Flat) -> Tensor:
     """Position of the last token of each row."""
     return torch.tensor(batch.lengths).cumsum(0) - 1
@@ -148,3 +175,30 @@ def losses(
     policy = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).mean()
     clipped = before + (values - before).clamp(-0.2, 0.2)
     return policy, 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square()).mean()
+
+
+# ---------------------------------------------------------------- GRPO and RLOO
+
+
+def grouped(spec: Spec, meter: Meter) -> None:
+    """Old log-probabilities are kept at sampling; the reference reads the flat batch once."""
+    model, reference = load(spec, spec.policy), load(spec, spec.policy, trained=False)
+    meter.watch(model.head, model.weights["0.qkv"])
+    optimizer = adamw(model.parameters())
+    for rows in spec.batches():
+        with meter.step():
+            with meter.phase("generation"):
+                drawn, old = generate(model, rows, spec.shape.response.most)
+            lengths = torch.tensor([len(ids) for ids in drawn])
+            with meter.phase("scoring"), torch.no_grad():
+                batch = flat([(row["prompt_ids"], ids) for row, ids in zip(rows, drawn, strict=True)], meter)
+                ref = reference.logprobs(reference.hidden(batch)[batch.scored], batch.targets)
+                scores = torch.tensor(odd_share(drawn))
+                advantages = group_losses.advantages(spec, scores, group_losses.sums(old - ref, lengths))
+            with meter.phase("update"):
+                logprobs = model.logprobs(model.hidden(batch)[batch.scored], batch.targets)
+                group_losses.loss(spec, logprobs, old, ref, advantages, lengths).backward()
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+                optimizer.step()
+                optimizer.zero_grad()
+            meter.compare(float(advantages.abs().mean()), float(norm))

@@ -8,16 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
+from benchmarks import group_losses
 from benchmarks.forced import multinomial_as_told, script_of
 from benchmarks.measure import Meter
-from benchmarks.problem import DPO_BETA, EOS, KL_COEF, LR, MAX_GRAD_NORM, PAD, Spec, sequences
+from benchmarks.problem import DPO_BETA, EOS, KL_COEF, LR, MAX_GRAD_NORM, PAD, Spec, crossed, odd_share, sequences
 
 Rows = list[dict[str, list[int]]]
 
 
 def run(spec: Spec, meter: Meter) -> None:
     """All steps of the method."""
-    {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}[spec.method](spec, meter)
+    {"sft": sft, "reward": reward, "dpo": dpo, "kto": kto, "ppo": ppo, "grpo": grouped, "rloo": grouped}[spec.method](
+        spec, meter
+    )
 
 
 def causal(folder: str) -> Any:
@@ -112,6 +115,26 @@ def dpo(spec: Spec, meter: Meter) -> None:
     train(spec, meter, model, loss_of)
 
 
+def kto(spec: Spec, meter: Meter) -> None:
+    """The chosen are liked, the rejected are not."""
+    model, reference = causal(spec.policy), causal(spec.reference)
+
+    def loss_of(rows: Rows) -> Tensor:
+        pairs = both(spec, rows)
+        ids, mask, responses = padded(pairs + crossed(pairs), meter)
+        with torch.no_grad():
+            old = (token_logprobs(reference, ids, mask) * responses[:, 1:]).sum(1)
+            other = (token_logprobs(model, ids[len(pairs) :], mask[len(pairs) :]) * responses[len(pairs) :, 1:]).sum(1)
+            z0 = (other - old[len(pairs) :]).mean().clamp(min=0)
+        own = (token_logprobs(model, ids[: len(pairs)], mask[: len(pairs)]) * responses[: len(pairs), 1:]).sum(1)
+        liked, disliked = (own - old[: len(pairs)]).chunk(2)
+        return torch.cat(
+            [1 - torch.sigmoid(DPO_BETA * (liked - z0)), 1 - torch.sigmoid(DPO_BETA * (z0 - disliked))]
+        ).mean()
+
+    train(spec, meter, model, loss_of)
+
+
 # ---------------------------------------------------------------- PPO
 
 
@@ -142,6 +165,31 @@ def ppo(spec: Spec, meter: Meter) -> None:
                     grads = [p.grad for p in model.parameters() if p.grad is not None]
                     meter.compare(float(value), float(torch.nn.utils.get_total_norm(grads)))
                     optimizer.step()
+
+
+def grouped(spec: Spec, meter: Meter) -> None:
+    """GRPO and RLOO: generation by ``generate``, then full logits over padded batches."""
+    model, reference = causal(spec.policy), causal(spec.policy)
+    meter.watch(model.lm_head.weight, model.model.layers[0].self_attn.q_proj.weight)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    for rows in spec.batches():
+        with meter.step(), autocast(spec):
+            with meter.phase("generation"):
+                ids, mask, responses = generate(spec, model, rows)
+                meter.fed(ids.numel())
+            counted = responses[:, 1:]
+            lengths = counted.sum(1)
+            with meter.phase("scoring"), torch.no_grad():
+                old, ref = (token_logprobs(network, ids, mask)[counted] for network in (model, reference))
+                scores = torch.tensor(odd_share([row["chosen_ids"] for row in rows]))
+                advantages = group_losses.advantages(spec, scores, group_losses.sums(old - ref, lengths))
+            with meter.phase("update"):
+                logprobs = token_logprobs(model, ids, mask)[counted]
+                group_losses.loss(spec, logprobs, old, ref, advantages, lengths).backward()
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+                optimizer.step()
+                optimizer.zero_grad()
+            meter.compare(float(advantages.abs().mean()), float(norm))
 
 
 def generate(spec: Spec, model: Any, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:

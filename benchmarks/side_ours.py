@@ -11,20 +11,41 @@ from torch import Tensor
 
 from benchmarks.forced import script_of
 from benchmarks.measure import Meter
-from benchmarks.problem import DPO_BETA, KL_COEF, LR, MAX_GRAD_NORM, Spec, text
+from benchmarks.problem import (
+    DPO_BETA,
+    GROUPED,
+    KL_COEF,
+    LR,
+    MAX_GRAD_NORM,
+    ONLINE,
+    Spec,
+    odd_share,
+    text,
+)
+from rlhf_lightning.batches import UnpairedBatch
 from rlhf_lightning.callbacks.metrics_file import RunMetrics
-from rlhf_lightning.data.collate import PlannedRows, PreferenceCollator, PromptCollator, SequenceCollator
+from rlhf_lightning.data.collate import (
+    PlannedRows,
+    PreferenceCollator,
+    PromptCollator,
+    SequenceCollator,
+    UnpairedCollator,
+)
 from rlhf_lightning.data.loaders import RowLoader
 from rlhf_lightning.data.sampler import BatchPlan
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.native import NativeEngine
-from rlhf_lightning.losses import BradleyTerryLoss, DPOLoss, PPOLoss
+from rlhf_lightning.losses import BradleyTerryLoss, DPOLoss, KTOLoss, PolicyObjective, PPOLoss, SequenceClippedLoss
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.modules import DPOModule, PPOModule, RewardModelModule, SFTModule
+from rlhf_lightning.modules import DPOModule, GRPOModule, KTOModule, PPOModule, RewardModelModule, SFTModule
+from rlhf_lightning.modules.grpo_update import Groups, GRPOUpdate
 from rlhf_lightning.modules.handoff import ready_tokenizer
 from rlhf_lightning.modules.ppo_update import PPOUpdate
+from rlhf_lightning.rewards.function import FunctionReward
 from rlhf_lightning.rewards.reward_model import RewardModelReward
 from rlhf_lightning.rollouts.advantages import GAE
+from rlhf_lightning.rollouts.buffer import Rollout
+from rlhf_lightning.rollouts.group_advantages import CriticFree, GroupMean, LeaveOneOut
 from rlhf_lightning.rollouts.kl_control import FixedKL
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "bf16-true": "bf16-true"}
@@ -32,16 +53,15 @@ PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "bf16-true"
 
 def run(spec: Spec, meter: Meter) -> None:
     """All steps of the method."""
-    build = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}[spec.method]
+    build = {"sft": sft, "reward": reward, "dpo": dpo, "kto": kto, "ppo": ppo, "grpo": grpo, "rloo": rloo}[spec.method]
     module = build(spec, meter)
-    ppo_run = spec.method == "ppo"
     trainer = pl.Trainer(
         accelerator="cpu" if spec.device == "cpu" else "gpu",
         devices=spec.ranks,
         strategy="ddp" if spec.ranks > 1 else "auto",
         precision=PRECISIONS[spec.precision],
         max_epochs=1,
-        gradient_clip_val=None if ppo_run else MAX_GRAD_NORM,
+        gradient_clip_val=None if spec.method in ONLINE else MAX_GRAD_NORM,
         logger=RunMetrics(spec.folder),
         log_every_n_steps=10,
         use_distributed_sampler=False,
@@ -70,15 +90,18 @@ class FixedRows(pl.LightningDataModule):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
-        self.spec, self.batch_size = spec, spec.batch_size
+        self.spec = spec
+        # A group is drawn to one prompt, which stands in the batch once.
+        self.again = spec.shape.group if spec.method in GROUPED else 1
+        self.batch_size = spec.batch_size // self.again
 
     def setup(self, stage: str) -> None:
         self.tokenizer = ready_tokenizer(self.spec.policy)
 
     def train_dataloader(self) -> RowLoader:
-        collators = {"sft": SequenceCollator, "reward": PreferenceCollator, "dpo": PreferenceCollator}
+        collators = {"sft": SequenceCollator, "reward": PreferenceCollator, "dpo": PreferenceCollator, "kto": Halves}
         collate = collators.get(self.spec.method, PromptCollator)(self.tokenizer.pad_token_id)
-        rows = [columns(self.spec.method, row) for row in self.spec.rows()]
+        rows = [columns(self.spec.method, row) for row in self.spec.rows()[:: self.again]]
         weights = [sum(row.get("response_mask", [1])) for row in rows]
         numbers = list(range(len(rows)))
         batches = [numbers[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
@@ -90,12 +113,25 @@ class FixedRows(pl.LightningDataModule):
         return RowLoader(planned, batch_sampler=plans, collate_fn=collate)  # type: ignore[arg-type]
 
 
+class Halves:
+    """Pairs as liked and disliked completions, the liked ones of a batch first."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.collate = UnpairedCollator(pad_id, max_length=10**6)
+
+    def __call__(self, planned: tuple[dict[str, list[Any]], float]) -> UnpairedBatch:
+        pairs, number = planned
+        prompts, answers = pairs["prompt_ids"] * 2, pairs["chosen_ids"] + pairs["rejected_ids"]
+        labels = [row < len(prompts) // 2 for row in range(len(prompts))]
+        return self.collate(({"prompt_ids": prompts, "completion_ids": answers, "label": labels}, 2 * number))
+
+
 def columns(method: str, row: dict[str, list[int]]) -> dict[str, Any]:
     """What our collator for the method reads."""
     prompt, chosen = row["prompt_ids"], row["chosen_ids"]
     if method == "sft":
         return {"input_ids": prompt + chosen, "response_mask": [0] * len(prompt) + [1] * len(chosen)}
-    return {"prompt_ids": prompt, "prompt": text(prompt)} if method == "ppo" else {**row, "margin": 0.0}
+    return {"prompt_ids": prompt, "prompt": text(prompt)} if method in ONLINE else {**row, "margin": 0.0}
 
 
 # ---------------------------------------------------------------- modules
@@ -115,7 +151,7 @@ class Watch(pl.Callback):
         self.meter.watch(head, network.base_model.layers[0].self_attn.q_proj.weight)
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        if self.meter.spec.method != "ppo":
+        if self.meter.spec.method not in ONLINE:
             self.meter.fed(batch.input_ids.numel())
         self.meter.start()
 
@@ -124,7 +160,7 @@ class Watch(pl.Callback):
             self.loss = float(loss.detach())
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-        if self.meter.done == 0 and self.meter.spec.method != "ppo":
+        if self.meter.done == 0 and self.meter.spec.method not in ONLINE:
             grads = [p.grad for p in module.parameters() if p.grad is not None]
             self.meter.compare(self.loss, float(torch.nn.utils.get_total_norm(grads)))
 
@@ -146,6 +182,11 @@ def dpo(spec: Spec, meter: Meter) -> DPOModule:
     return DPOModule(model_spec(spec, spec.policy), DPOLoss(beta=DPO_BETA), reference=reference, optimizer=adamw(spec))
 
 
+def kto(spec: Spec, meter: Meter) -> KTOModule:
+    reference = model_spec(spec, spec.reference)
+    return KTOModule(model_spec(spec, spec.policy), KTOLoss(beta=DPO_BETA), reference=reference, optimizer=adamw(spec))
+
+
 def ppo(spec: Spec, meter: Meter) -> PPOModule:
     size, engine = spec.shape, Forced(spec)
     loss, optimizer = first_step(meter)
@@ -165,9 +206,49 @@ def ppo(spec: Spec, meter: Meter) -> PPOModule:
         ),
         optimizer=optimizer,
     )
-    for name, method in (("generation", "_generate"), ("scoring", "_score"), ("update", "_learn")):
-        setattr(module, method, in_phase(meter, name, getattr(module, method)))
-    return module
+    return in_phases(meter, module)
+
+
+def grpo(spec: Spec, meter: Meter) -> GRPOModule:
+    objective = PolicyObjective(aggregation="sequence_mean", kl_placement="loss_k3_token")
+    return grouped(spec, meter, GroupMean(), objective)
+
+
+def rloo(spec: Spec, meter: Meter) -> GRPOModule:
+    """With one ratio a response, as TRL has it."""
+    loss = SequenceClippedLoss(clip_low=0.2, clip_high=0.2, length_normalised=False)
+    objective = PolicyObjective(aggregation="sequence_mean", kl_placement="reward_k1", loss=loss)
+    return grouped(spec, meter, LeaveOneOut(), objective)
+
+
+def grouped(spec: Spec, meter: Meter, advantages: CriticFree, objective: PolicyObjective) -> GRPOModule:
+    size = spec.shape
+    module = GRPOModule(
+        model_spec(spec, spec.policy),
+        FunctionReward(odd_share),
+        advantages,
+        objective,
+        FixedKL(KL_COEF),
+        groups=Groups(size=size.group),
+        sampling=SamplingParameters(max_new_tokens=size.response.most, engine=Forced(spec)),
+        update=GRPOUpdate(
+            minibatch_size=size.rollouts, micro_batch_size=size.micro or size.rollouts, max_grad_norm=MAX_GRAD_NORM
+        ),
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=LR, weight_decay=0.0, fused=True),
+    )
+    learn = module._learn
+
+    def noting_learn(rollout: Rollout) -> bool:
+        stopped = learn(rollout)
+        if meter.done == 0:
+            means = module.update_means
+            number = means.names.index("grad_norm")
+            norm = means.sums[number] / means.counts[number]
+            meter.compare(float(rollout.advantages[:, 0].abs().mean()), float(norm))
+        return stopped
+
+    module._learn = noting_learn  # type: ignore[method-assign]
+    return in_phases(meter, module)
 
 
 class Forced(NativeEngine):
@@ -189,6 +270,13 @@ class Forced(NativeEngine):
     def draw(self, logits: Tensor, sampling: SamplingParameters, rows: Tensor, step: int) -> Tensor:
         super().draw(logits, sampling, rows, step)
         return self.script[rows, step]
+
+
+def in_phases(meter: Meter, module: Any) -> Any:
+    """The module, with the parts of its iteration timed."""
+    for name, method in (("generation", "_generate"), ("scoring", "_score"), ("update", "_learn")):
+        setattr(module, method, in_phase(meter, name, getattr(module, method)))
+    return module
 
 
 def in_phase(meter: Meter, name: str, method: Callable[..., Any]) -> Callable[..., Any]:

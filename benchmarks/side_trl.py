@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from benchmarks.measure import Meter
 from benchmarks.problem import DPO_BETA, LR, MAX_GRAD_NORM, Spec, text
@@ -32,13 +32,13 @@ def run(spec: Spec, meter: Meter) -> None:
     """All steps of the method, in the setting that the side's name says."""
     if "compact" in spec.side:
         compact_head()
-    trainer = {"sft": sft, "reward": reward, "dpo": dpo}[spec.method](spec)
+    trainer = {"sft": sft, "reward": reward, "dpo": dpo, "kto": kto}[spec.method](spec)
     model, step = trainer.model, trainer.training_step
     head = model.lm_head.weight if spec.method != "reward" else None
     meter.watch(head, model.model.layers[0].self_attn.q_proj.weight)
 
     def training_step(model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        meter.fed(batch["input_ids"].numel())
+        meter.fed(sum(batch[name].numel() for name in ("input_ids", "KL_input_ids") if name in batch))
         return step(model, batch, *args, **kwargs)
 
     trainer.training_step = training_step
@@ -104,6 +104,19 @@ def dpo(spec: Spec) -> DPOTrainer:
     args = DPOConfig(beta=DPO_BETA, **settings(spec))
     tokenizer = words(spec.policy)
     return DPOTrainer(model, reference, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+
+
+def kto(spec: Spec) -> KTOTrainer:
+    """The chosen of a batch are liked; behind them come its rejected, so that no prompt meets another answer of its own."""
+    halves = [(row, f"{side}_ids") for batch in spec.batches() for side in ("chosen", "rejected") for row in batch]
+    rows = [
+        {"prompt": text(row["prompt_ids"]), "completion": f" {text(row[name])}", "label": name == "chosen_ids"}
+        for row, name in halves
+    ]
+    model, reference = (AutoModelForCausalLM.from_pretrained(path) for path in (spec.policy, spec.reference))
+    given = settings(spec) | {"per_device_train_batch_size": 2 * spec.batch_size}
+    args, tokenizer = KTOConfig(beta=DPO_BETA, **given), words(spec.policy)
+    return KTOTrainer(model, reference, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
 
 
 def words(folder: str) -> Any:

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.problem import ONLINE
+
 QUIET = 0.95  # CPU seconds a wall second; less, and others had a part of the core
 TOLERANCE = {"32": 1e-4, "bf16": 2e-2}  # relative; a bfloat16 number has three digits
 JUDGE = "naive"
@@ -20,7 +22,7 @@ def disturbed(line: Line) -> bool:
 
 def rate_of(lines: list[Line]) -> str:
     """The key that the sides are compared by: of the wall clock if every run was quiet, else of CPU seconds."""
-    name = "rollouts" if lines[0]["method"] == "ppo" else "tok"
+    name = "rollouts" if lines[0]["method"] in ONLINE else "tok"
     return f"{name}_cpu_s" if any(map(disturbed, lines)) else f"{name}_s"
 
 
@@ -62,7 +64,7 @@ def table(lines: list[Line]) -> str:
     head = f"{method} {size}, precision {precision}, {threads} thread{'s' * (threads > 1)}; ratios by {by}"
     rows = [_row(side, median, found, rate, TOLERANCE[precision]) for side, median in found.items()]
     names = ["side", "runs", *COLUMNS, "ours is", "our memory", "first step"]
-    if method != "ppo":
+    if method not in ONLINE:
         drop = [names.index(name) for name in ("decode", "gen / score / update s")]
         names, *rows = ([cell for i, cell in enumerate(row) if i not in drop] for row in (names, *rows))
     lines_ = ["| " + " | ".join(row) + " |" for row in (names, ["---"] * len(names), *rows)]

@@ -13,13 +13,15 @@ class SequenceBatch(NamedTuple):
         attention_mask: True on real tokens. Shape (batch, length), bool.
         response_mask: True on supervised tokens, EOS included. Shape (batch, length), bool.
         normalizer: What this batch's summed loss is divided by: the mean number of supervised tokens that a micro-batch
-            of this optimizer step holds, over every rank. Scalar, float32.
+            of this optimizer step holds, over every rank, each times the weight of its row. Scalar, float32.
+        weights: What each row weighs in the loss; None where all weigh 1. Shape (batch,), float32.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     response_mask: Tensor
     normalizer: Tensor
+    weights: Tensor | None = None
 
 
 class PreferenceBatch(NamedTuple):
@@ -33,6 +35,8 @@ class PreferenceBatch(NamedTuple):
         normalizer: Mean number of pairs that a micro-batch of this optimizer step holds, over every rank. Scalar.
         reference_logps: Log-probability of each response under the reference, where it is known already.
             Shape (2 * pairs,), float32, nats.
+        probability: How likely the chosen response is the better one, 1/2 of a tie. Shape (pairs,), float32; None for 1.
+        weight: What the loss of each pair is multiplied by. Shape (pairs,), float32; None for 1.
     """
 
     input_ids: Tensor
@@ -41,6 +45,71 @@ class PreferenceBatch(NamedTuple):
     margin: Tensor
     normalizer: Tensor
     reference_logps: Tensor | None = None
+    probability: Tensor | None = None
+    weight: Tensor | None = None
+
+
+class RankingBatch(NamedTuple):
+    """Several responses to each of a few prompts, those to one prompt together.
+
+    Attributes:
+        input_ids: Prompt and response, right-padded. Shape (responses, length), int64.
+        attention_mask: True on real tokens. Shape (responses, length), bool.
+        response_mask: True on response tokens, EOS included. Shape (responses, length), bool.
+        ranks: Within the responses to a prompt; the lowest is the best, equal ones are tied. Shape (responses,), float32.
+        prompt: Number of the prompt, from 0 on; each has two responses that are not tied. Shape (responses,), int64.
+        weight: What the loss of each prompt is multiplied by. Shape (prompts,), float32.
+        normalizer: Mean number of prompts that a micro-batch of this optimizer step holds, over every rank. Scalar.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    ranks: Tensor
+    prompt: Tensor
+    weight: Tensor
+    normalizer: Tensor
+
+
+class UnpairedBatch(NamedTuple):
+    """Single responses that were liked or not: rows 0..B-1; rows B..2B-1 are the same prompts with each other's responses.
+
+    The response that stands behind a prompt there is that of the row before, and the last one's for the first. It may lack
+    its end, where the two together would be too long.
+
+    Attributes:
+        input_ids: Prompt and response, right-padded. Shape (2 * rows, length), int64.
+        attention_mask: True on real tokens. Shape (2 * rows, length), bool.
+        response_mask: True on response tokens, EOS included. Shape (2 * rows, length), bool.
+        label: True where the response was liked. Shape (rows,), bool.
+        normalizer: Mean number of rows that a micro-batch of this optimizer step holds, over every rank. Scalar.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    label: Tensor
+    normalizer: Tensor
+
+
+class StepwiseBatch(NamedTuple):
+    """Solutions with a verdict on their steps, right-padded.
+
+    Attributes:
+        input_ids: Prompt, then each step and its separator. Shape (batch, length), int64.
+        attention_mask: True on real tokens. Shape (batch, length), bool.
+        response_mask: True on steps and separators. Shape (batch, length), bool.
+        step_mask: True on the last token of the separator behind each labelled step. Shape (batch, length), bool.
+        labels: There, the probability that the step is right; 0 elsewhere. Shape (batch, length), float32.
+        normalizer: Mean number of labelled steps that a micro-batch of this optimizer step holds, over every rank. Scalar.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    step_mask: Tensor
+    labels: Tensor
+    normalizer: Tensor
 
 
 class PromptBatch(NamedTuple):

@@ -24,26 +24,41 @@ from rlhf_lightning.callbacks.progress import RunProgress
 from rlhf_lightning.callbacks.run_checkpoint import RunCheckpoint
 from rlhf_lightning.callbacks.run_state import RunState
 from rlhf_lightning.callbacks.samples import SampleTable
+from rlhf_lightning.commands.average import average
 from rlhf_lightning.commands.chat import chat
 from rlhf_lightning.commands.export import export
+from rlhf_lightning.commands.fixed_points import fixed_points
 from rlhf_lightning.commands.ground_truth import ground_truth
 from rlhf_lightning.commands.imports import FLAG, POLICY, check_checkpoint, check_imports, take_imports
 from rlhf_lightning.commands.parser import CommandParser, TrainerParser, one_line, users_mistakes
 from rlhf_lightning.commands.pipeline import pipeline
 from rlhf_lightning.commands.quiet import be_quiet
 from rlhf_lightning.commands.run_folder import ForgetFailedStart, RunFolder, SaveRunConfig
+from rlhf_lightning.commands.sample import sample
+from rlhf_lightning.data import message_trees  # noqa: F401
+from rlhf_lightning.data.corrupted_steps import CorruptedSteps  # noqa: F401
 from rlhf_lightning.data.demonstrations import DemonstrationDataModule  # noqa: F401
 from rlhf_lightning.data.preferences import PreferenceDataModule  # noqa: F401
 from rlhf_lightning.data.prompts import PromptDataModule  # noqa: F401
+from rlhf_lightning.data.rankings import RankingDataModule  # noqa: F401
+from rlhf_lightning.data.stepwise import StepwiseDataModule  # noqa: F401
+from rlhf_lightning.data.unpaired import UnpairedDataModule  # noqa: F401
 from rlhf_lightning.errors import RunStopped, UserError, harmless
 from rlhf_lightning.evaluation import evaluation  # noqa: F401
 from rlhf_lightning.generation import native, transformers_engine, vllm_engine, vllm_server  # noqa: F401
 from rlhf_lightning.modules import strategies, tensor_parallel, zero  # noqa: F401
-from rlhf_lightning.rewards import composite, function, reward_model, world  # noqa: F401
-from rlhf_lightning.rollouts import advantages, kl_control  # noqa: F401
+from rlhf_lightning.rewards import composite, ensemble, function, judge, process, reward_model, world  # noqa: F401
+from rlhf_lightning.rollouts import advantages, group_advantages, kl_control, selection  # noqa: F401
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS: dict[str, Callable[..., Any]] = {"pipeline": pipeline, "export": export, "chat": chat}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "pipeline": pipeline,
+    "export": export,
+    "chat": chat,
+    "average": average,
+    "sample": sample,
+    "fixed-points": fixed_points,
+}
 FIT_COMMANDS: dict[str, Callable[..., None]] = {"ground-truth": ground_truth}  # take the files and flags of fit
 
 

@@ -34,7 +34,10 @@ def is_of_fit(file):
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 OVERLAYS = [file for file in FILES if file.parent.name in ("strategy", "debug")]
 ENGINES = [file for file in FILES if file.parent.name == "engine"]
-METHODS = [file for file in FILES if file.parent != CONFIGS and file not in OVERLAYS + ENGINES and is_of_fit(file)]
+CHOICES = [file for file in FILES if file.parent.name in ("losses", "papers")]  # on top of the files in the launch line
+METHODS = [
+    file for file in FILES if file.parent != CONFIGS and file not in OVERLAYS + ENGINES + CHOICES and is_of_fit(file)
+]
 SFT = CONFIGS / "quickstart" / "sft.yaml"
 
 
@@ -146,6 +149,32 @@ def test_an_engine_overlay_changes_the_engine_and_nothing_else(cli, file):
     assert engine["init_args"] | own["init_args"] == engine["init_args"]
     found["engine"] = None
     assert overlaid == plain
+
+
+@pytest.mark.parametrize("file", CHOICES, ids=name)
+def test_a_choice_changes_what_it_names_on_top_of_what_its_launch_line_names(cli, file):
+    """A loss alone, or the settings of a paper: never the model, its method or the data."""
+    launch = LAUNCH.search(header(file))
+    words = shlex.split(launch[2])
+    stack = [CONFIGS.parent / word for word in words if word.startswith("configs/")]
+    assert stack[-1] == file
+    assert len(stack) > 1, "the launch line lacks the file that it goes on top of"
+    plain, overlaid = (printed(cli, parse(cli, *files)) for files in (stack[:-1], stack))
+    changes = dict(given(yaml.safe_load(file.read_text())))
+    for path, value in changes.items():
+        found = value_at(overlaid, path)
+        if path[-1] == "class_path":
+            assert found.rsplit(".", 1)[-1] == value.rsplit(".", 1)[-1]
+        else:
+            assert found == value
+    named = {path[:3] for path in changes}  # model.init_args.loss, trainer.accumulate_grad_batches
+    assert not any(path[0] == "data" and path[-1] == "class_path" for path in changes)
+    if file.parent.name == "losses":
+        assert named == {("model", "init_args", "loss")}
+    assert value_at(overlaid, ("model", "class_path")) == value_at(plain, ("model", "class_path"))
+    assert [p for p, v in given(plain) if p[:3] not in named and value_at(overlaid, p) != v] == []
+    built = cli.parser.instantiate(parse(cli, *stack)).fit
+    assert isinstance(built.model, torch.nn.Module)
 
 
 def test_later_files_win(cli):

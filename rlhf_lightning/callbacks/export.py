@@ -6,7 +6,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.export import export_folder
+from rlhf_lightning.models.ensemble import ScalarEnsemble, members_of
+from rlhf_lightning.models.export import export_folder, export_members
 from rlhf_lightning.models.merging import own_adapter, plain_weights
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import is_sharded, whole_state_dict
@@ -36,6 +37,11 @@ class ExportAtEnd(Callback):
         trainer.strategy.barrier("export")
 
 
+def gathered_weights(network: Any) -> dict[str, Any] | None:
+    """The whole state dict of a network in shards; None where it holds that itself. Every rank must call."""
+    return whole_state_dict(network) if is_sharded(network) else None
+
+
 def export_module(module: Any, folder: str | Path, writes: bool = True, merge: bool = True) -> Path:
     """Write what a module has trained: the policy, or the reward model with its normalisation.
 
@@ -47,9 +53,13 @@ def export_module(module: Any, folder: str | Path, writes: bool = True, merge: b
     """
     actor_critic = getattr(module, "actor_critic", None)
     trained = actor_critic.policy if actor_critic is not None else getattr(module, "policy", None) or module.network
-    if isinstance(trained, ScalarModel):
-        trained.describe_normalisation()
-    weights = whole_state_dict(trained.network) if is_sharded(trained.network) else None
+    if isinstance(trained, ScalarModel | ScalarEnsemble):
+        for member in members_of(trained):
+            member.describe_normalisation()
+    if isinstance(trained, ScalarEnsemble):
+        parts = [(member.network, gathered_weights(member.network)) for member in trained.models]
+        return export_members(parts, module.tokenizer, folder) if writes else Path(folder)
+    weights = gathered_weights(trained.network)
     if (adapter := own_adapter(trained.network)) is not None:
         weights = plain_weights(trained.network, writes) if merge else {}
     return export_folder(trained.network, module.tokenizer, folder, weights, adapter) if writes else Path(folder)

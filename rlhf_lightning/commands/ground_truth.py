@@ -20,7 +20,7 @@ from rlhf_lightning.models.export import export_folder
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.modules import PPOModule
+from rlhf_lightning.modules import GRPOModule, PPOModule
 
 Parse = Callable[[list[str]], tuple[Any, Any]]
 console = Console()
@@ -112,7 +112,7 @@ def _problem(seed: int, rest: list[str], folder: Path, parse: Parse) -> tuple[di
         "trainer.default_root_dir": run,
     }
     _, built = parse(rest)
-    if isinstance(built.model, PPOModule):
+    if isinstance(built.model, PPOModule | GRPOModule):
         flags["model.init_args.reward.init_args.world.init_args.seed"] = seed
     arguments = [*rest, *(part for key, value in flags.items() for part in (f"--{key}", str(value)))]
     module, world = _built(arguments, parse)

@@ -16,7 +16,8 @@ from rlhf_lightning.commands.handoffs import check_export, check_same_text
 from rlhf_lightning.commands.imports import FLAG
 from rlhf_lightning.commands.run_folder import CONFIG
 from rlhf_lightning.errors import RunStopped, UserError, harmless
-from rlhf_lightning.evaluation.evaluation import Evaluation
+from rlhf_lightning.evaluation.evaluation import Evaluation, WorldEvaluation
+from rlhf_lightning.evaluation.leaderboard import leaderboard, write_leaderboard
 from rlhf_lightning.evaluation.report import write_report
 from rlhf_lightning.models.export import replace_file
 
@@ -49,6 +50,7 @@ def pipeline(
     evaluation: Evaluation | None = None,
     options: dict[str, Any] | None = None,
     overwrite: bool = False,
+    seeds: list[int] | None = None,
 ) -> None:
     """Run stages one after the other, hand each one's export to the next, evaluate, and write a report.
 
@@ -62,13 +64,43 @@ def pipeline(
         evaluation: What is asked of the exported models at the end.
         options: Config keys for every stage, as on the command line.
         overwrite: Begin stages anew whose settings have changed.
+        seeds: Do all of that for each of these instead of ``seed_everything``, in folders of their own, and write a leaderboard
+            of the policies.
+
+    Raises:
+        UserError: If the plan can't be carried out, or a stage fails.
     """
-    started, folder = time.perf_counter(), Path(output)
     _check_plan(stages)
+    if not seeds:
+        _run(stages, Path(output), seed_everything, seed_keys or [], evaluation, options or {}, overwrite)
+        return
+    if not isinstance(evaluation, WorldEvaluation) or not evaluation.envelope_samples:
+        raise UserError(
+            "a leaderboard needs gold rewards and an envelope: evaluation WorldEvaluation, envelope_samples 64"
+        )
+    of_seeds = {seed: Path(output, f"seed_{seed}") for seed in seeds}
+    for seed, folder in of_seeds.items():
+        console.rule(f"seed {seed}")
+        _run(stages, folder, seed, seed_keys or [], evaluation, options or {}, overwrite)
+    reports = [json.loads((folder / "report.json").read_text()) for folder in of_seeds.values()]
+    console.print(f"leaderboard: {write_leaderboard(leaderboard(reports), Path(output))}")
+
+
+def _run(
+    stages: list[Stage],
+    folder: Path,
+    seed: int,
+    seed_keys: list[str],
+    evaluation: Evaluation | None,
+    options: dict[str, Any],
+    overwrite: bool,
+) -> None:
+    """All stages with one seed, and their report."""
+    started = time.perf_counter()
     record = _read_record(folder, {stage.name for stage in stages})
     fingerprints: dict[str, str] = {}
     for stage in stages:
-        arguments = _arguments(stage, folder, seed_everything, seed_keys or [], options or {})
+        arguments = _arguments(stage, folder, seed, seed_keys, options)
         upstream = [fingerprints[name] for name in stage.inputs.values()]
         fingerprints[stage.name] = _fingerprint(stage, arguments, upstream)
         _run_stage(stage, arguments, fingerprints[stage.name], folder, record, overwrite)
@@ -77,10 +109,10 @@ def pipeline(
     seconds = {stage.name: round(record[stage.name]["seconds"], 1) for stage in stages} | {
         "training": round(training, 1)
     }
-    report: dict[str, Any] = {"seed": seed_everything, "seconds": seconds}
+    report: dict[str, Any] = {"seed": seed, "seconds": seconds}
     if evaluation is not None:
         console.rule("evaluation")
-        report |= evaluation.run({stage.name: folder / stage.name / "export" for stage in stages}, seed_everything)
+        report |= evaluation.run({stage.name: folder / stage.name / "export" for stage in stages}, seed)
     seconds["total"] = round(time.perf_counter() - started, 1)
     page = write_report(report, folder, [stage.name for stage in stages])
     console.print(f"report: {page}")

@@ -86,7 +86,7 @@ def make_reading(
                 raise UserError(f"{place}: {error}") from error
             converter, columns = Converter(found, kind, str(files[0])), tuple(row)
             converter.announce()
-        if converter.try_row(row, place) is not None:
+        if converter.try_row(row, place):
             return Reading(tuple(files), kind, converter.format.name, converter.shape, columns, tokenization, limit)
     reasons = converter.reasons() if converter is not None else "there is none"
     raise UserError(f"{files[0]}: no row is left for {kind}: {reasons}")
@@ -150,8 +150,7 @@ class ChunkEncoder:
         self.converter.dropped = Counter()
         numbers, places, rows = [], [], []
         for number, place, row in gathered:
-            new = self.converter.try_row(row, place)
-            if new is not None:
+            for new in self.converter.try_row(row, place):
                 numbers.append(number)
                 places.append(place)
                 rows.append({**new, **self.others(row, place)})

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_lightning.batches import PreferenceBatch, PromptBatch, SequenceBatch
+from rlhf_lightning.batches import PreferenceBatch, PromptBatch, SequenceBatch, StepwiseBatch, UnpairedBatch
 from rlhf_lightning.data.sampler import BatchPlan
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # as TRL calls them
@@ -29,7 +29,7 @@ class PlannedRows:
 
 @dataclass(frozen=True)
 class SequenceCollator:
-    """Demonstrations: ``input_ids`` and ``response_mask`` of each row."""
+    """Demonstrations: ``input_ids``, ``response_mask`` and, where there is one, ``weight`` of each row."""
 
     pad_id: int
 
@@ -37,7 +37,8 @@ class SequenceCollator:
         columns, normalizer = planned
         ids, attention = pad_right(columns["input_ids"], self.pad_id)
         mask, _ = pad_right(columns["response_mask"], 0)
-        return SequenceBatch(ids, attention, mask.bool(), torch.tensor(normalizer, dtype=torch.float32))
+        divisor, weights = torch.tensor(normalizer, dtype=torch.float32), row_weights(columns)
+        return SequenceBatch(ids, attention, mask.bool(), divisor, weights)
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class PreferenceCollator:
             margin=torch.tensor(columns["margin"], dtype=torch.float32),
             normalizer=torch.tensor(normalizer, dtype=torch.float32),
             reference_logps=self._reference(columns),
+            probability=optional(columns, "chosen_probability"),
+            weight=optional(columns, "weight"),
         )
 
     @staticmethod
@@ -68,6 +71,56 @@ class PreferenceCollator:
             return None
         chosen, rejected = (torch.tensor(columns[name], dtype=torch.float32) for name in REFERENCE_COLUMNS)
         return torch.cat([chosen, rejected])
+
+
+@dataclass(frozen=True)
+class UnpairedCollator:
+    """Single responses: ``prompt_ids``, ``completion_ids`` and ``label`` of each row, and every prompt with another's response.
+
+    Attributes:
+        pad_id: What fills short rows.
+        max_length: Where a prompt with another's response ends at the latest; they were never measured together.
+    """
+
+    pad_id: int
+    max_length: int
+
+    def __call__(self, planned: tuple[dict[str, list[Any]], float]) -> UnpairedBatch:
+        columns, normalizer = planned
+        prompts, own = columns["prompt_ids"], columns["completion_ids"]
+        others = [y[: self.max_length - len(x)] for x, y in zip(prompts, own[-1:] + own[:-1], strict=True)]
+        ids, attention = pad_right([p + r for p, r in zip(prompts * 2, own + others, strict=True)], self.pad_id)
+        starts = torch.tensor([len(p) for p in prompts * 2])[:, None]
+        return UnpairedBatch(
+            input_ids=ids,
+            attention_mask=attention,
+            response_mask=attention & (torch.arange(ids.shape[1]) >= starts),
+            label=torch.tensor(columns["label"], dtype=torch.bool),
+            normalizer=torch.tensor(normalizer, dtype=torch.float32),
+        )
+
+
+@dataclass(frozen=True)
+class StepwiseCollator:
+    """Solutions: ``input_ids``, ``prompt_length``, ``label_at`` and ``labels`` of each row."""
+
+    pad_id: int
+
+    def __call__(self, planned: tuple[dict[str, list[Any]], float]) -> StepwiseBatch:
+        columns, normalizer = planned
+        ids, attention = pad_right(columns["input_ids"], self.pad_id)
+        step_mask, labels = torch.zeros_like(attention), torch.zeros(ids.shape, dtype=torch.float32)
+        for row, (places, values) in enumerate(zip(columns["label_at"], columns["labels"], strict=True)):
+            step_mask[row, places] = True
+            labels[row, places] = torch.tensor(values, dtype=torch.float32)
+        return StepwiseBatch(
+            input_ids=ids,
+            attention_mask=attention,
+            response_mask=attention & (torch.arange(ids.shape[1]) >= torch.tensor(columns["prompt_length"])[:, None]),
+            step_mask=step_mask,
+            labels=labels,
+            normalizer=torch.tensor(normalizer, dtype=torch.float32),
+        )
 
 
 @dataclass(frozen=True)
@@ -81,6 +134,17 @@ class PromptCollator:
         flipped, attention = pad_right([row[::-1] for row in columns["prompt_ids"]], self.pad_id)
         others = {k: v for k, v in columns.items() if k not in ("prompt_ids", "prompt")}
         return PromptBatch(flipped.flip(1), attention.flip(1), columns["prompt"], others)
+
+
+def optional(columns: dict[str, list[Any]], name: str) -> Tensor | None:
+    """A column of numbers, where the rows have it."""
+    return torch.tensor(columns[name], dtype=torch.float32) if name in columns else None
+
+
+def row_weights(columns: dict[str, list[Any]]) -> Tensor | None:
+    """What each row weighs in the loss; None where all weigh 1, or none is said to weigh anything. Shape (rows,), float32."""
+    weights = torch.tensor(columns.get("weight", []), dtype=torch.float32)
+    return weights if bool((weights != 1).any()) else None
 
 
 def pad_right(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:

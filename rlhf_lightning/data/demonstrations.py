@@ -12,7 +12,10 @@ from rlhf_lightning.data.tokenization import Tokenization, demonstrations
 
 
 class DemonstrationDataModule(RowsDataModule):
-    """Texts, dialogues or prompts with completions, as :class:`rlhf_lightning.batches.SequenceBatch`."""
+    """Texts, dialogues or prompts with completions, as :class:`rlhf_lightning.batches.SequenceBatch`.
+
+    A column ``weight`` says what a row counts in the loss; one whose ``completion_truncated`` is true is not taught to end.
+    """
 
     kind = "demonstrations"
 

@@ -1,7 +1,9 @@
 """Row formats: find out which one a dataset is in, and bring it into the canonical columns of what it is wanted for.
 
 Canonical columns, by kind: *demonstrations* have ``messages``, or ``prompt`` and ``completion``, or ``text``;
-*preferences* have ``prompt``, ``chosen`` and ``rejected``; *prompts* have ``prompt``. Each is text throughout or lists
+*preferences* have ``prompt``, ``chosen`` and ``rejected``; *unpaired* rows have ``prompt``, ``completion`` and ``label``;
+*stepwise* rows have ``prompt``, ``completions`` (the steps, text) and ``labels`` (a probability each, null for none);
+*prompts* have ``prompt``. Each is text throughout or lists
 of ``{"role", "content"}`` throughout. Columns that the format does not use stay as they are.
 """
 
@@ -13,10 +15,11 @@ from typing import Any
 
 from datasets import Dataset, Features
 
-from rlhf_lightning.data import readers
+from rlhf_lightning.data import ranked, readers
+from rlhf_lightning.data.annotations import ANNOTATIONS, annotations
 from rlhf_lightning.data.cache import cached_rows, dataset_hash
 from rlhf_lightning.data.messages import is_hh
-from rlhf_lightning.data.rows import Example, NoSignalError, Row
+from rlhf_lightning.data.rows import WEIGHT, Example, NoSignalError, Row
 from rlhf_lightning.data.sources import Kind
 from rlhf_lightning.data.tables import HELD_BYTES, RowWriter, collected
 from rlhf_lightning.data.views import VIEWS
@@ -50,7 +53,11 @@ CANONICAL: dict[Kind, tuple[str, ...]] = {
     "demonstrations": ("text", "messages", "prompt", "completion"),
     "preferences": ("prompt", "chosen", "rejected"),
     "prompts": ("prompt",),
+    "rankings": ("prompt", "completions", "ranks"),
+    "unpaired": ("prompt", "completion", "label"),
+    "stepwise": ("prompt", "completions", "labels"),
 }
+RANKED = ("completions", "ranks")  # as the prompt is, and numbers
 BATCH = 1000  # rows converted together
 
 # The first that fits is taken, so those with more columns come first.
@@ -66,7 +73,12 @@ FORMATS = (
     Format("hh-rlhf", ("chosen", "rejected"), readers.hh_preference, marks=lambda row: is_hh(row["chosen"])),
     Format("implicit-preference", ("chosen", "rejected"), readers.implicit_preference),
     Format("swift-preference", ("messages", "rejected_response"), readers.swift_preference, ("system",)),
+    Format("ranking", ("prompt", "completions", "ranks"), ranked.ranking),
+    Format("ordering", ("prompt", "completions", "ranking"), ranked.ordering),
+    Format("nemo-ranking", ("context", "completions"), ranked.nemo_ranking, marks=ranked.has_rank_objects),
     Format("stepwise", ("prompt", "completions", "labels"), readers.stepwise),
+    Format("stepwise-ratings", ("prompt", "completions", "ratings"), readers.stepwise_ratings),
+    Format("prm800k", ("question", "label"), readers.prm800k, marks=lambda row: isinstance(row["label"], dict)),
     Format("unpaired-preference", ("prompt", "completion", "label"), readers.unpaired),
     Format("prompt-completion", ("prompt", "completion"), readers.prompt_completion),
     Format("labelled-messages", ("messages", "label"), readers.labelled_messages, ("system",)),
@@ -112,8 +124,9 @@ def find_format(name: str) -> Format:
 def to_canonical(dataset: Dataset, kind: Kind, format: str | None = None, origin: str = "dataset") -> Dataset:
     """Bring rows into the canonical columns of ``kind``.
 
-    A dataset of pairs or of labelled completions serves demonstrations (what was preferred), and any with a prompt
-    serves prompts. Pairs of equal sides and disliked demonstrations are left out, counted and logged.
+    A dataset of pairs or of labelled completions serves demonstrations (what was preferred), one of pairs also unpaired rows
+    (two of each), and any with a prompt serves prompts. Pairs of equal sides and disliked demonstrations are left out,
+    counted and logged.
 
     Args:
         dataset: Rows in a known format.
@@ -127,6 +140,8 @@ def to_canonical(dataset: Dataset, kind: Kind, format: str | None = None, origin
     converter = Converter(choose_format(dataset, format, origin), kind, origin)
     converter.announce()
     used, others = converter.divide(dataset.column_names)
+    if kind == "demonstrations" and WEIGHT in others:
+        log.info("%s: each row weighs in the loss what its column '%s' says", origin, WEIGHT)
     given = Features({name: dataset.features[name] for name in others})
 
     def fill(writer: RowWriter) -> None:
@@ -177,13 +192,18 @@ class Converter:
 
     def announce(self) -> None:
         """Say what the rows are taken for."""
-        pairs = self.kind == "demonstrations" and "chosen" in self.format.columns
-        taken = " (prompt and chosen answer)" if pairs else ""
+        halves = {
+            "demonstrations": " (prompt and chosen answer)",
+            "unpaired": " (each pair as a liked and a disliked answer)",
+        }
+        pairs = bool({"chosen", "rejected_response"} & set(self.format.columns))
+        taken = halves.get(self.kind, "") if pairs else ""
         log.info("%s: format %s, used for %s%s", self.origin, self.format.name, self.kind, taken)
 
     def divide(self, columns: Sequence[str]) -> tuple[list[str], list[str]]:
         """The columns that the format uses, and the others, which stay as they are."""
-        used = [name for name in columns if name in (*self.format.columns, *self.format.optional)]
+        read = (*self.format.columns, *self.format.optional, *ANNOTATIONS.get(self.kind, ()))
+        used = [name for name in columns if name in read]
         # Alpaca's rows repeat themselves in a column "text": it is not to be taken for what is learnt.
         return used, [name for name in columns if name not in (*used, *CANONICAL[self.kind])]
 
@@ -192,14 +212,13 @@ class Converter:
         kept: list[int] = []
         rows: list[Row] = []
         for place, values in enumerate(zip(*columns.values(), strict=True)):
-            row = self.try_row(dict(zip(columns, values, strict=True)), f"{self.origin}, row {first + place + 1}")
-            if row is not None:
-                rows.append(row)
-                kept.append(place)
+            new = self.try_row(dict(zip(columns, values, strict=True)), f"{self.origin}, row {first + place + 1}")
+            rows += new
+            kept += [place] * len(new)
         return kept, rows
 
-    def try_row(self, row: Row, place: str) -> Row | None:
-        """The canonical columns of one row, or None if there is nothing to learn from it, which is counted.
+    def try_row(self, row: Row, place: str) -> list[Row]:
+        """The canonical columns of the rows that one makes: none if there is nothing to learn from it, which is counted.
 
         Raises:
             UserError: If it is malformed; names its place.
@@ -208,14 +227,17 @@ class Converter:
             return self.convert(row)
         except NoSignalError as reason:
             self.dropped[str(reason)] += 1
-            return None
+            return []
         except UserError as error:
             raise UserError(f"{place} (read as {self.format.name}): {error}") from error
 
-    def convert(self, row: Row) -> Row:
-        """The canonical columns of one row, which must be like the first: text throughout, or messages throughout."""
-        new = VIEWS[self.kind](self.format.read(row))
-        shape = ", ".join(f"'{name}' as {'text' if isinstance(v, str) else 'messages'}" for name, v in new.items())
+    def convert(self, row: Row) -> list[Row]:
+        """The canonical columns of what one row makes, all like the first: text throughout, or messages throughout."""
+        made = VIEWS[self.kind](self.format.read(row))
+        said = annotations(row, self.kind)
+        new = [part | said for part in (made if isinstance(made, list) else [made])]
+        texts = {name: value for name, value in new[0].items() if isinstance(value, str | list) and name not in RANKED}
+        shape = ", ".join(f"'{name}' as {'text' if isinstance(v, str) else 'messages'}" for name, v in texts.items())
         self.shape = self.shape or shape
         if shape != self.shape:
             raise UserError(f"gives {shape}, where the rows before give {self.shape}; make them alike")

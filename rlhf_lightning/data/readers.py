@@ -1,5 +1,7 @@
 """A row of each known format, read into an :class:`Example`. Each raises UserError naming the column at fault."""
 
+from collections.abc import Callable
+
 from rlhf_lightning.data.implicit_prompt import split_conversations, split_texts
 from rlhf_lightning.data.messages import Message, Prompt, is_conversation, parse_hh, read_messages, split_at_answer
 from rlhf_lightning.data.rows import (
@@ -10,6 +12,8 @@ from rlhf_lightning.data.rows import (
     read_label,
     read_optional,
     read_prompt,
+    read_rating,
+    read_step_label,
     read_string,
 )
 from rlhf_lightning.errors import UserError
@@ -75,18 +79,58 @@ def unpaired(row: Row) -> Example:
 
 
 def stepwise(row: Row) -> Example:
-    """Steps with a verdict each, joined by newlines; liked as a whole when every step is right."""
-    prompt, steps, labels = read_prompt(row), row.get("completions"), row.get("labels")
-    lists = isinstance(steps, list) and isinstance(labels, list)
-    if not lists or not steps or not labels or len(steps) != len(labels):
-        raise UserError("columns 'completions' and 'labels' must be lists of the same length, not empty")
-    verdicts = [read_label({"labels": label}, "labels") for label in labels]
-    answers = [read_answer({"completions": step}, "completions", prompt) for step in steps]
+    """Steps with a label each: true or false, the probability that the step is right, or null where nobody said."""
+    return solution(row, read_steps(row, "labels", read_step_label))
+
+
+def stepwise_ratings(row: Row) -> Example:
+    """Steps rated -1, 0 or 1, as in PRM800K: neutral is right enough; of what follows the first error nothing is known."""
+    ratings = read_steps(row, "ratings", read_rating)
+    known = ratings.index(-1) + 1 if -1 in ratings else len(ratings)
+    return solution(row, [None if r is None or n >= known else float(r >= 0) for n, r in enumerate(ratings)])
+
+
+def prm800k(row: Row) -> Example:
+    """PRM800K as released: the steps that the labeler went along, and where nothing went on from there, a wrong one."""
+    taken = []
+    try:
+        for step in row["label"]["steps"]:
+            chosen, human, offered = step["chosen_completion"], step["human_completion"], step["completions"]
+            if chosen is None and human is None:
+                taken += [(step["text"], -1) for step in offered if step["rating"] == -1][:1]
+                break
+            written = human["text"] if isinstance(human, dict) else human
+            taken.append((written, 1) if chosen is None else (offered[chosen]["text"], offered[chosen]["rating"]))
+        problem = row["question"]["problem"]
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(f"columns 'question' and 'label' are not as in PRM800K: {error!r:.60}") from error
+    if not taken:
+        raise NoSignalError("no step that was judged")
+    steps, ratings = zip(*taken, strict=True)
+    prompt = [{"role": "user", "content": problem}]
+    return stepwise_ratings({"prompt": prompt, "completions": list(steps), "ratings": list(ratings)})
+
+
+def read_steps(row: Row, column: str, read: Callable[[object, str], float | None]) -> list[float | None]:
+    """The column with a verdict for each of the column "completions"."""
+    steps, verdicts = row.get("completions"), row.get(column)
+    lists = isinstance(steps, list) and isinstance(verdicts, list)
+    if not lists or not steps or not verdicts or len(steps) != len(verdicts):
+        raise UserError(f"columns 'completions' and '{column}' must be lists of the same length, not empty")
+    return [read(verdict, column) for verdict in verdicts]
+
+
+def solution(row: Row, labels: list[float | None]) -> Example:
+    """Steps with their labels; as a whole they are joined by newlines, and liked when every one is known to be right."""
+    prompt = read_prompt(row)
+    answers = [read_answer({"completions": step}, "completions", prompt) for step in row["completions"]]
     if any(isinstance(answer, list) and len(answer) > 1 for answer in answers):
         raise UserError("column 'completions' has a step of several messages; a step is one")
-    joined = "\n".join(answer if isinstance(answer, str) else answer[0]["content"] for answer in answers)
+    steps = [answer if isinstance(answer, str) else str(answer[0]["content"]) for answer in answers]
+    joined = "\n".join(steps)
     completion: Prompt = joined if isinstance(prompt, str) else [{"role": "assistant", "content": joined}]
-    return Example(prompt=prompt, completion=completion, label=all(verdicts))
+    liked = all(label is not None and label > 0.5 for label in labels)
+    return Example(prompt=prompt, completion=completion, label=liked, steps=steps, step_labels=labels)
 
 
 def explicit_pair(row: Row, prompt: Prompt) -> Example:

@@ -7,6 +7,8 @@ from rlhf_lightning.data.messages import Message, Prompt, read_messages
 from rlhf_lightning.errors import UserError
 
 Row = dict[str, Any]
+WEIGHT = "weight"  # the column of what a row weighs in a loss
+LARGEST_WEIGHT = 1e30
 
 # Columns that hold text wherever they are not lists of messages.
 TEXT_COLUMNS = (
@@ -39,6 +41,10 @@ class Example:
         text: Plain text to model.
         messages: A whole conversation.
         label: Whether the completion was liked.
+        completions: Several answers.
+        ranks: Of each of them; the lowest is the best, equal ones are tied.
+        steps: The completion step by step, as text.
+        step_labels: For each, the probability that it is right; None where nobody said.
     """
 
     prompt: Prompt | None = None
@@ -48,6 +54,10 @@ class Example:
     text: str | None = None
     messages: list[Message] | None = None
     label: bool | None = None
+    completions: list[Prompt] | None = None
+    ranks: list[float] | None = None
+    steps: list[str] | None = None
+    step_labels: list[float | None] | None = None
 
 
 def read_string(row: Row, column: str) -> str:
@@ -87,6 +97,51 @@ def read_label(row: Row, column: str) -> bool:
     if value not in (True, False):
         raise UserError(f"column '{column}' is {value!r}; it must be true or false")
     return bool(value)
+
+
+def read_step_label(value: object, column: str) -> float | None:
+    """The probability that a step is right, or true or false; None where nobody said.
+
+    Raises:
+        UserError: If it is anything else.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        advice = "; ratings -1, 0, 1 belong in a column 'ratings'" if value == -1 else ""
+        raise UserError(
+            f"column '{column}' holds {value!r:.40}; a label is true, false or a number from 0 to 1{advice}"
+        )
+    return float(value)
+
+
+def read_rating(value: object, column: str) -> float | None:
+    """A rating -1 (wrong), 0 (neutral) or 1 (right); None where nobody rated.
+
+    Raises:
+        UserError: If it is anything else.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or value not in (-1, 0, 1):
+        raise UserError(f"column '{column}' holds {value!r:.40}; a rating is -1, 0 or 1, or null")
+    return float(value)
+
+
+def read_weight(row: Row) -> float:
+    """What the row weighs in the loss: the column "weight", 1 where it is absent or null.
+
+    Raises:
+        UserError: If it is no positive number.
+    """
+    weight = row.get(WEIGHT)
+    if weight is None:
+        return 1.0
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < LARGEST_WEIGHT:
+        raise UserError(
+            f"column '{WEIGHT}' is {weight!r:.40}; it must be a positive number (leave out rows without weight)"
+        )
+    return float(weight)
 
 
 def read_prompt(row: Row) -> Prompt:

@@ -15,7 +15,7 @@ from rlhf_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["demonstrations", "preferences", "prompts"]
+Kind = Literal["demonstrations", "preferences", "prompts", "unpaired", "stepwise", "rankings"]
 
 
 class Source(ABC):

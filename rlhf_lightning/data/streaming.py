@@ -72,9 +72,11 @@ class StreamLoader:
         first = self.known
         if (first.epoch, first.window_rows) != (epoch, self.window_rows) or first.window > window:
             first = Known(epoch, 0, 0, self.window_rows)
-        self.begun = {}
+        self.begun, before = {}, -1
         for number, rows in enumerate(self._windows(first.row), start=first.window):
-            self.begun[number] = Known(epoch, number, rows[0][NUMBER], self.window_rows)
+            if rows[0][NUMBER] != before:  # else it begins amid what one row has made, where nobody can begin to read
+                self.begun[number] = Known(epoch, number, rows[0][NUMBER], self.window_rows)
+            before = rows[-1][NUMBER]
             if number >= window:
                 yield from self._batches(rows, epoch, number, done if number == window else 0)
 

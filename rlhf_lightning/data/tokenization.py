@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_lightning.data.annotations import read_probability
 from rlhf_lightning.data.cache import cached_map
 from rlhf_lightning.data.chat import Piece, conversation_pieces
 from rlhf_lightning.data.encoding import Encoded as Encoded
@@ -25,7 +26,7 @@ from rlhf_lightning.data.limits import LARGEST, Limit, apply, longest
 from rlhf_lightning.data.literal import literal
 from rlhf_lightning.data.prompt_split import prompt_key as prompt_key
 from rlhf_lightning.data.prompt_split import split_by_prompt as split_by_prompt
-from rlhf_lightning.data.rows import Row
+from rlhf_lightning.data.rows import WEIGHT, Row, read_weight
 from rlhf_lightning.data.tokenizers import tokenizer_fingerprint
 from rlhf_lightning.errors import UserError
 
@@ -139,10 +140,13 @@ def demonstrations(
     def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
         whole = join_demonstration(encoder, row, pieces, ids, mask)
         kept = Masked(whole.ids[:stop], [False, *whole.mask[1:stop]])  # nothing predicts the first token
-        lengths = {"length": len(kept.ids), "supervised": sum(kept.mask), FULL_LENGTH: len(whole.ids)}
-        return {"input_ids": kept.ids, "response_mask": kept.mask, **lengths}
+        supervised, weight = sum(kept.mask), read_weight(row)
+        lengths = {"length": len(kept.ids), "supervised": supervised, FULL_LENGTH: len(whole.ids)}
+        weights = {WEIGHT: weight, "weighted": weight * supervised}
+        return {"input_ids": kept.ids, "response_mask": kept.mask, **lengths, **weights}
 
     numbers = {name: Value("int32") for name in ("length", "supervised", FULL_LENGTH)}
+    numbers |= {WEIGHT: Value("float32"), "weighted": Value("float64")}
     return Tokenization(
         "demonstrations",
         encoder,
@@ -154,7 +158,7 @@ def demonstrations(
             Limit("supervised", 1, LARGEST, "drop", "demonstrations without a token to learn (cut away, or no answer)"),
         ),
         {"mask": mask, "stop": stop},
-        weight="supervised",
+        weight="weighted",
     )
 
 
@@ -168,15 +172,42 @@ def preferences(tokenizer: PreTrainedTokenizerBase, max_length: int = 1024) -> T
     def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
         *start, left, right = ids
         prompt = encoder.join_prompt(start)
-        chosen = left if row.get("chosen_truncated") else encoder.end(left)
-        rejected = right if row.get("rejected_truncated") else encoder.end(right)
+        chosen = encoder.end(left)[: -1 if row.get("chosen_truncated") else None]
+        rejected = encoder.end(right)[: -1 if row.get("rejected_truncated") else None]
         length = len(prompt) + max(len(chosen), len(rejected))
         answers = {"chosen_ids": chosen, "rejected_ids": rejected}
-        return {"prompt_ids": prompt, **answers, "margin": read_margin(row), "length": length}
+        said = {"chosen_probability": read_probability(row), WEIGHT: read_weight(row)}
+        return {"prompt_ids": prompt, **answers, "margin": read_margin(row), "length": length, **said}
 
     ids = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), IDS)
-    features = Features({**ids, "margin": Value("float32"), "length": Value("int32")})
+    numbers = dict.fromkeys(("margin", "chosen_probability", WEIGHT), Value("float32"))
+    features = Features({**ids, **numbers, "length": Value("int32")})
     return Tokenization("preferences", encoder, plan, join, features, (longest("length", "pair", max_length, "drop"),))
+
+
+def unpaired(tokenizer: PreTrainedTokenizerBase, max_length: int = 1024) -> Tokenization:
+    """Of liked and disliked completions: ``prompt_ids``, ``completion_ids``, ``label`` and ``length``.
+
+    Those longer than ``max_length`` are left out, and counted aloud. A completion of which the column
+    ``completion_truncated`` (of one half of a pair ``chosen_truncated`` or ``rejected_truncated``) is true gets no EOS.
+    """
+    encoder = Encoder(tokenizer)
+
+    def plan(row: Row) -> list[Piece]:
+        return encoder.pair_pieces(row["prompt"], [row["completion"]], tools_of(row))
+
+    def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
+        prompt, completion = encoder.join_prompt(ids[:-1]), ids[-1]
+        side = "chosen" if row["label"] else "rejected"
+        if not (row.get("completion_truncated") or row.get(f"{side}_truncated")):
+            completion = encoder.end(completion)
+        length = len(prompt) + len(completion)
+        return {"prompt_ids": prompt, "completion_ids": completion, "label": row["label"], "length": length}
+
+    numbers = {"label": Value("bool"), "length": Value("int32")}
+    features = Features({"prompt_ids": IDS, "completion_ids": IDS, **numbers})
+    limits = (longest("length", "labelled completion", max_length, "drop"),)
+    return Tokenization("labelled completions", encoder, plan, join, features, limits)
 
 
 def prompts(
@@ -208,6 +239,9 @@ def tokenize_demonstrations(
 ) -> Dataset:
     """Demonstrations as ``input_ids``, ``response_mask``, ``length`` and ``supervised`` (number of learnt tokens).
 
+    Beside them ``weight``, that of the row, and ``weighted``, the two multiplied. A completion whose column
+    ``completion_truncated`` is true was cut off when it was sampled: it gets no EOS.
+
     Args:
         dataset: Canonical demonstrations.
         tokenizer: Must have EOS, and for messages a chat template.
@@ -225,7 +259,8 @@ def tokenize_demonstrations(
 def tokenize_preferences(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 1024, cache_dir: CacheDir = None
 ) -> Dataset:
-    """Pairs as ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``margin`` and ``length`` (of the longer side).
+    """Pairs as ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``margin``, ``chosen_probability``, ``weight`` and ``length``
+    (of the longer side).
 
     Pairs with a side longer than ``max_length`` are left out, and counted aloud: cut, they would compare other texts. A side
     whose column ``chosen_truncated`` or ``rejected_truncated`` is true was cut off when it was sampled: it gets no EOS.
@@ -280,7 +315,10 @@ def join_demonstration(encoder: Encoder, row: Row, pieces: list[Piece], ids: lis
         return Masked(whole, [True] * len(whole))
     if "messages" in row or (mask == "assistant" and isinstance(row["prompt"], list)):
         return encoder.join_messages(pieces, ids, mask)
-    prompt, response = encoder.join_prompt(ids[:-1]), encoder.end(ids[-1])
+    prompt = encoder.join_prompt(ids[:-1])
+    response = encoder.end(ids[-1])
+    if row.get("completion_truncated"):
+        response = response[:-1]  # which a template may have written
     return Masked([*prompt, *response], [mask == "all"] * len(prompt) + [True] * len(response))
 
 

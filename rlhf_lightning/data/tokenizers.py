@@ -37,7 +37,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise UserError(missing_model(path))
     try:
-        return AutoTokenizer.from_pretrained(str(folder) if folder.exists() else path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
@@ -46,6 +46,16 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             ) from error
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no tokenizer could be loaded from '{path}': {reason}; give a folder or a hub id") from error
+    take_ends(tokenizer)
+    return tokenizer
+
+
+def take_ends(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let sequences begin and end with [CLS] and [SEP] where the tokenizer is an encoder's, which has no BOS and EOS."""
+    if tokenizer.eos_token is None and tokenizer.sep_token is not None:
+        tokenizer.eos_token = tokenizer.sep_token
+        if tokenizer.bos_token is None and tokenizer.cls_token is not None:
+            tokenizer.bos_token = tokenizer.cls_token
 
 
 def repair_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -8,9 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlhf_lightning.batches import PromptBatch
-from rlhf_lightning.data.collate import pad_right
-from rlhf_lightning.data.encoding import encode_prompt
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.native import engine_for
 from rlhf_lightning.models.frozen import Frozen
@@ -20,6 +17,7 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.handoff import ready_tokenizer
 from rlhf_lightning.rewards.reward import Samples
 from rlhf_lightning.rollouts.collect import generate_responses
+from rlhf_lightning.rollouts.prompts import as_prompt_batch
 
 BATCH = 500  # prompts a forward
 
@@ -90,9 +88,7 @@ class Answerer:
         return Answers(prompts, grouped, truncated.astype(bool), lengths, kl)
 
     def _batch(self, prompts: list[Any], sampling: SamplingParameters) -> tuple[list[str], Any, Any, Any]:
-        rows = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        flipped, mask = pad_right([row[::-1] for row in rows], int(self.tokenizer.pad_token_id))
-        batch = PromptBatch(flipped.flip(1).to(self.device), mask.flip(1).to(self.device), prompts, {})
+        batch = as_prompt_batch(self.tokenizer, prompts, {}, self.device)
         network: Any = self.policy.network.network
         responses = generate_responses(batch, network, self.tokenizer, engine_for(sampling), sampling)
         inputs = responses.input_ids, responses.attention_mask, responses.sequence_mask

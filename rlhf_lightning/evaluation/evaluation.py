@@ -15,6 +15,7 @@ from rlhf_lightning.data.sources import Source
 from rlhf_lightning.data.splits import Split, load_splits
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.answers import Answerer, Answers
+from rlhf_lightning.evaluation.leaderboard import envelope
 from rlhf_lightning.evaluation.statistics import estimate, win_rate
 from rlhf_lightning.evaluation.world import (
     Judged,
@@ -66,6 +67,7 @@ class WorldEvaluation(Evaluation):
         best_of_samples: int = 16,
         max_new_tokens: int = 24,
         shown: int = 12,
+        envelope_samples: int = 0,
     ) -> None:
         """Choose how much is asked.
 
@@ -77,7 +79,10 @@ class WorldEvaluation(Evaluation):
             best_of_samples: Largest n; 0 leaves the curve out.
             max_new_tokens: Longest answer.
             shown: Prompts whose answers stand in the report.
+            envelope_samples: Samples of the first policy to each prompt, from which the best attainable gold reward at each KL
+                is computed; 0 leaves that out.
         """
+        self.envelope_samples = envelope_samples
         self.world, self.prompts, self.samples = world, prompts, samples
         self.best_of_prompts, self.best_of_samples, self.shown = best_of_prompts, best_of_samples, shown
         self.sampled = SamplingParameters(max_new_tokens)
@@ -96,6 +101,8 @@ class WorldEvaluation(Evaluation):
             "comparisons": {name: comparisons(judged[base], parts) for name, parts in judged.items() if name != base},
             "samples": self._side_by_side(judged),
         }
+        if self.envelope_samples:
+            report["envelope"] = self._envelope(world, policies[base], prompts["held_out"])
         if reward is not None:
             report["reward_model"] = self._reward_model(world, reward)
             if self.best_of_samples:
@@ -133,6 +140,12 @@ class WorldEvaluation(Evaluation):
         proxy = _scores(reward, answers)
         assert proxy is not None
         return best_of(judge(world, answers), proxy)
+
+    def _envelope(self, world: HHHWorld, base: Path, prompts: list[Any]) -> dict[str, list[float]]:
+        count = self.envelope_samples
+        answers = Answerer(base, base).answer(prompts[: self.best_of_prompts], self.sampled, samples=count, seed=2)
+        kl, gold = envelope(judge(world, answers).gold, np.logspace(1.5, -2.5, 60))
+        return {"kl": kl, "gold": gold}
 
     def _side_by_side(self, judged: dict[str, dict[str, Judged]]) -> list[dict[str, Any]]:
         """The first prompts of every kind in turn, with each policy's greedy answer and its gold reward."""

@@ -12,14 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lightning.batches import PreferenceBatch
-from rlhf_lightning.evaluation.exact import Target, enumerated_rows
+from rlhf_lightning.evaluation.exact import Target, enumerated_rows, reward_share
+from rlhf_lightning.functional.aggregation import counts
 from rlhf_lightning.functional.optimum import objective
 from rlhf_lightning.generation.engine import Generation
-from rlhf_lightning.losses import DPOLoss, IPOLoss, PairLoss
-from rlhf_lightning.modules import DPOModule, PPOModule
-from rlhf_lightning.rewards.reward import Samples
+from rlhf_lightning.losses import DPOLoss, IPOLoss, PairLoss, PolicyObjective
+from rlhf_lightning.losses.pairs import Needs, Pairs, ScoredResponses
+from rlhf_lightning.modules import DPOModule, GRPOModule, PPOModule
+from rlhf_lightning.rewards.reward import Samples, checked_scores
 from rlhf_lightning.rollouts.buffer import Rollout
 from rlhf_lightning.rollouts.collect import Responses, score_responses
+from rlhf_lightning.rollouts.group_advantages import LeaveOneOut
 from rlhf_lightning.worlds import EnumerableWorld
 
 
@@ -35,18 +38,25 @@ class Population(PairLoss):
     inner: PairLoss
     weights: Tensor
 
-    def pairs(self, chosen_logratio: Tensor, rejected_logratio: Tensor) -> Tensor:
-        """Each response's share in the mean loss, from the log-ratios of every response in order; shape of both."""
+    def pairs(self, pairs: Pairs) -> Tensor:
+        """Each response's share in the mean loss, shape (pairs,), from every response in order, as chosen and as rejected."""
         prompts, responses, _ = self.weights.shape
-        chosen, rejected = (h.view(prompts, responses) for h in (chosen_logratio, rejected_logratio))
-        rows = torch.arange(responses)
-        first, second = (index.flatten() for index in torch.meshgrid(rows, rows, indexing="ij"))
-        loss = self.inner.pairs(chosen[:, first].flatten(), rejected[:, second].flatten())
+        rows = torch.arange(prompts * responses, device=pairs.responses.mask.device).view(prompts, responses)
+        chosen = rows[:, :, None].expand(self.weights.shape).flatten()
+        rejected = rows[:, None, :].expand(self.weights.shape).flatten()
+        loss = self.inner.pairs(pairs.rows(torch.cat([chosen, rejected + len(pairs)])))
         return (loss.view(self.weights.shape) * self.weights).sum(dim=2).flatten()
 
     @property
     def reward_scale(self) -> float:
         return self.inner.reward_scale
+
+    @property
+    def needs(self) -> Needs:
+        return self.inner.needs
+
+    def rewards(self, responses: ScoredResponses) -> Tensor:
+        return self.inner.rewards(responses)
 
 
 def preference_weights(world: EnumerableWorld) -> Tensor:
@@ -122,7 +132,7 @@ def ppo_update(module: PPOModule, world: EnumerableWorld, rewards: Tensor, criti
         all_responses(world),
         module.actor_critic,
         module.reference,
-        module.reward,
+        checked_scores(module.reward, all_responses(world).samples),
         temperature=module.sampling.temperature,
         micro_batch_size=module.update.micro_batch_size,
     )
@@ -134,13 +144,64 @@ def ppo_update(module: PPOModule, world: EnumerableWorld, rewards: Tensor, criti
     return loss
 
 
+@dataclass(frozen=True)
+class Expected(PolicyObjective):
+    """An objective whose KL term, which no advantage carries, is weighted by the probability of each response as well.
+
+    Attributes:
+        inner: The objective.
+        p: Shape (prompts * responses, 1).
+    """
+
+    inner: PolicyObjective | None = None
+    p: Tensor | None = None
+
+    def kl_tokens(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
+        assert self.inner is not None
+        assert self.p is not None
+        return self.p * self.inner.kl_tokens(log_ratio, mask)
+
+
+def group_update(module: GRPOModule, world: EnumerableWorld) -> Tensor:
+    """The loss whose gradient is the expected first update of a relative of GRPO, as in :func:`ppo_update`.
+
+    All responses to a prompt are one group: whatever is taken off them all alike is a baseline. What a mean over few would take
+    of a response's own reward is taken of the rewards beforehand.
+
+    Args:
+        module: Configured, its weights those that sample.
+        world: Where its prompts come from.
+    """
+    responses, inner, many = all_responses(world), module.objective, len(world.responses)
+    share = reward_share(module)
+    if isinstance(module.advantages, LeaveOneOut) and inner.kl_placement != "reward_k1":
+        share = (many - 1) / many  # undoes its factor for a group of so many
+    rollout = score_responses(
+        responses,
+        module._known,
+        module.reference,
+        share * checked_scores(module.reward, responses.samples),
+        temperature=module.sampling.temperature,
+        micro_batch_size=module.update.micro_batch_size,
+        group_size=many,
+    )
+    in_reward = module.kl.coef if inner.kl_placement == "reward_k1" else 0.0
+    rollout = module.advantages.estimate(rollout, kl_coef=in_reward, all_sum=lambda x: x)
+    p = rollout.logprobs.sum(dim=1, keepdim=True).exp() / len(world.prompts)
+    module.objective = Expected(inner.aggregation, inner.kl_placement, inner.loss, inner.entropy_coef, inner, p)
+    rollout = rollout.with_advantages(p * rollout.advantages, rollout.returns)
+    loss, _ = module._micro_loss(rollout, counts(rollout.response_mask), False)
+    module.objective = inner
+    return loss
+
+
 def gradient_error(module: Any, world: EnumerableWorld, target: Target, noise: float = 0.05) -> float:
     """How far the module's expected update is from the exact gradient, at weights perturbed from the reference.
 
     Relative error of the direction: the length of an update is a convention (token means, whitening).
 
     Args:
-        module: PPO or DPO, configured with the world's reference; its policy is moved.
+        module: PPO, DPO or a relative of GRPO, configured with the world's reference; its policy is moved.
         world: Where its data come from.
         target: Of the module on this world.
         noise: Standard deviation of what is added to each weight.
@@ -160,6 +221,9 @@ def gradient_error(module: Any, world: EnumerableWorld, target: Target, noise: f
         update = ppo_update(module, world, target.rewards)
         logps = world.logps(policy, target.temperature)
         exact = -objective(logps, target.ref_logps, target.rewards, beta=target.beta).mean()
+    elif isinstance(module, GRPOModule):
+        update = group_update(module, world)
+        exact = -target.objective(world.logps(policy, target.temperature)).mean()
     else:
         pairs = preference_weights(world)
         exact = exact_pair_loss(module, world.logps(policy) - target.ref_logps, pairs)

@@ -40,6 +40,9 @@ TOLERANCES = {
     "PPO": Tolerance(kl_to_optimum=1e-2, lost_percent=3.0),
     "DPO": Tolerance(kl_to_optimum=5e-2, lost_percent=None),
     "IPO": Tolerance(kl_to_optimum=5e-2, lost_percent=None),
+    # As PPO, from 500 steps x 256 samples.
+    **{name: Tolerance(kl_to_optimum=1e-2, lost_percent=3.0) for name in ("LeaveOneOut", "BatchMean", "ReturnToGo")},
+    **{name: Tolerance(kl_to_optimum=1e-2, lost_percent=3.0) for name in ("GroupMean", "GreedyBaseline")},
 }
 
 

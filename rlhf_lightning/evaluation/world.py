@@ -8,6 +8,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from rlhf_lightning.evaluation.answers import Answers
+from rlhf_lightning.evaluation.best_of_n import best_of_n_curve
 from rlhf_lightning.evaluation.statistics import estimate, win_rate
 from rlhf_lightning.worlds import GoldScore, HHHWorld
 
@@ -104,17 +105,13 @@ def reward_model_summary(world: HHHWorld, pairs: Dataset, chosen: Gold, rejected
 
 
 def best_of(judged: Judged, proxy: Gold) -> dict[str, dict[str, float]]:
-    """Gold reward of the response that the reward model likes best of the first n, for n = 1, 2, 4, ...
+    """Gold reward of the response that the reward model likes best of n, for n = 1, 2, 4, ...: unbiased for each n.
 
     Args:
         judged: Many sampled answers to each prompt.
         proxy: The reward model's scores of them. Shape (prompts, samples).
     """
-    gold, result = judged.gold, {}
-    for n in (2**i for i in range(int(np.log2(gold.shape[1])) + 1)):
-        best = proxy[:, :n].argmax(axis=1)
-        result[str(n)] = estimate(np.take_along_axis(gold, best[:, None], axis=1), judged.clusters)._asdict()
-    return result
+    return {str(n): value._asdict() for n, value in best_of_n_curve(proxy, judged.gold, judged.clusters).items()}
 
 
 def comparisons(before: Mapping[str, Judged], after: Mapping[str, Judged]) -> dict[str, Any]:

@@ -30,6 +30,34 @@ def kl_optimum(ref_logps: Tensor, rewards: Tensor, *, beta: float) -> tuple[Tens
     return tilted - log_z[:, None], beta * log_z
 
 
+def forward_kl_optimum(ref_logps: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
+    r"""The policy that no other beats under a penalty of the *other* KL: where GRPO's k3 in the loss leads.
+
+    .. math:: \arg\max_\pi E_\pi[r] - \beta\, KL(\pi_{ref} \| \pi), \qquad
+        \pi(y|x) = \frac{\beta\, \pi_{ref}(y|x)}{\lambda_x - r(x,y)}, \quad \lambda_x > \max_y r(x,y)
+
+    Its tails are heavy: no reward, however low, takes more than a factor from a response. :math:`\lambda_x` makes the row sum
+    to one, and is found by bisection: it lies between the greatest reward and beta above it.
+
+    Args:
+        ref_logps: Log-probabilities of the reference. Shape (prompts, responses), nats, float64.
+        rewards: r. Same shape.
+        beta: Weight of the KL, > 0.
+
+    Returns:
+        Log-probabilities. Shape (prompts, responses), nats.
+
+    Source: derived by setting the derivative in each probability to :math:`\lambda_x`; per token where a response is one token.
+    """
+    best = rewards.amax(dim=1, keepdim=True)
+    low, high = best.clone(), best + beta
+    for _ in range(200):
+        middle = (low + high) / 2
+        too_small = (beta * ref_logps.exp() / (middle - rewards)).sum(dim=1, keepdim=True) > 1
+        low, high = torch.where(too_small, middle, low), torch.where(too_small, high, middle)
+    return ref_logps + math.log(beta) - (high - rewards).log()
+
+
 def expected(logps: Tensor, table: Tensor) -> Tensor:
     r"""Mean of a table under a policy, :math:`\sum_y \pi(y|x)\, t(x,y)`; what has probability zero counts as zero.
 

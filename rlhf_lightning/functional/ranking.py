@@ -7,23 +7,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0) -> Tensor:
+def bradley_terry_loss(
+    chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0, probability: Tensor | None = None
+) -> Tensor:
     r"""Negative log-likelihood of the preferences under Bradley-Terry.
 
-    .. math:: \ell = -\log \sigma(r_w - r_l - m)
+    .. math:: \ell = -p \log \sigma(\Delta) - (1 - p) \log \sigma(-\Delta), \quad \Delta = r_w - r_l - m
 
     Args:
         chosen: Scores of the preferred responses. Shape (pairs,), float32.
         rejected: Scores of the others. Shape (pairs,).
         margin: By how much the chosen one should lead, >= 0. A scalar or shape (pairs,).
+        probability: That the chosen one is the better one, in [0, 1]: 1/2 for a tie. Shape (pairs,); None for 1.
 
     Returns:
-        Shape (pairs,), nats.
+        Shape (pairs,), nats. Of a soft label the least value is its entropy.
 
     Source: Ouyang et al. 2022, eq. 1, https://arxiv.org/abs/2203.02155; margin: Touvron et al. 2023, eq. 2,
     https://arxiv.org/abs/2307.09288
     """
-    return -F.logsigmoid(chosen - rejected - margin)
+    lead = chosen - rejected - margin
+    if probability is None:
+        return -F.logsigmoid(lead)
+    return -probability * F.logsigmoid(lead) - (1 - probability) * F.logsigmoid(-lead)
 
 
 def centering_loss(chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From one score a response to one reward a token: the missing-EOS rule, the clip and the KL penalty."""
+"""From one score a response to one reward a token: the missing-EOS rule, the clip, the KL penalty and what length costs."""
 
 import torch
 from torch import Tensor
@@ -21,6 +21,24 @@ def process_scores(scores: Tensor, truncated: Tensor, *, missing_eos_penalty: fl
     """
     clipped = scores if clip is None else scores.clamp(-clip, clip)
     return torch.where(truncated, clipped - missing_eos_penalty, clipped)
+
+
+def soft_overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor:
+    r"""A penalty that grows over the last tokens that a response may have, so that there is something to learn before the cut.
+
+    .. math:: p(n) = \mathrm{clip}\left(\frac{L - c - n}{c}, -1, 0\right)
+
+    Args:
+        lengths: n, tokens of each response. Shape (batch,), any number type.
+        max_length: L, from which on the penalty is whole.
+        buffer: c, tokens over which it grows, from 1 to L.
+
+    Returns:
+        Shape (batch,), float32, from -1 to 0.
+
+    Source: Yu et al. 2025 (DAPO), eq. 13, https://arxiv.org/abs/2503.14476
+    """
+    return ((max_length - buffer - lengths.float()) / buffer).clamp(-1, 0)
 
 
 def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:

@@ -20,23 +20,28 @@ class TokenScores(NamedTuple):
         entropy: Of the distribution over the next token; same shape, nats.
         greedy: Whether no token is more likely; same shape, bool.
         mean_logit: Mean raw logit over the vocabulary; same shape.
+        collisions: Log of the chance that two draws agree, log sum of p^2; same shape, nats; None unless asked for.
     """
 
     logprobs: Tensor
     entropy: Tensor
     greedy: Tensor
     mean_logit: Tensor
+    collisions: Tensor | None = None
 
 
-def token_scores(logits: Tensor, tokens: Tensor, *, temperature: float) -> tuple[TokenScores, Tensor]:
+def token_scores(
+    logits: Tensor, tokens: Tensor, *, temperature: float, collisions: bool = False
+) -> tuple[TokenScores, Tensor]:
     r"""Score one token a row, and keep what its gradient needs.
 
-    .. math:: \log \pi(y) = z_y / \tau - \log \sum_v e^{z_v / \tau} \qquad H = -\sum_v p_v \log p_v
+    .. math:: \log \pi(y) = z_y / \tau - \log \sum_v e^{z_v / \tau} \qquad H = -\sum_v p_v \log p_v \qquad C = \log \sum_v p_v^2
 
     Args:
         logits: Raw logits before the token. Shape (n, vocabulary), any float type; computed with in float32 at least.
         tokens: Shape (n,), int64.
         temperature: That the tokens were sampled with, > 0.
+        collisions: Whether to compute C.
 
     Returns:
         The scores, and the log-probabilities of the whole vocabulary, finite, shape (n, vocabulary).
@@ -53,9 +58,11 @@ def token_scores(logits: Tensor, tokens: Tensor, *, temperature: float) -> tuple
     logprobs = log_probs.gather(-1, tokens[:, None]).squeeze(-1)
     # A logit of minus infinity is a probability of zero, which has no surprise to add: 0 times a number, not times infinity.
     log_probs.clamp_(min=LEAST)
-    entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)
+    p = log_probs.exp()
+    entropy = -torch.linalg.vecdot(p, log_probs)
+    agree = torch.linalg.vecdot(p, p).log() if collisions else None
     greedy = logits.gather(-1, tokens[:, None]).squeeze(-1) == logits.amax(-1)
-    return TokenScores(logprobs, entropy, greedy, wide.mean(-1)), log_probs
+    return TokenScores(logprobs, entropy, greedy, wide.mean(-1), agree), log_probs
 
 
 def logit_gradient(

@@ -13,9 +13,13 @@ from rlhf_lightning.losses.checks import require_not_negative, require_positive
 
 @dataclass(frozen=True)
 class PPOLoss:
-    """PPO's three terms: clipped surrogate, ``value_coef`` times the value loss, minus ``entropy_coef`` times entropy."""
+    """PPO's three terms: clipped surrogate, ``value_coef`` times the value loss, minus ``entropy_coef`` times entropy.
+
+    ``dual_clip`` bounds what a token with a negative advantage can do: its ratio counts as this at most. None for no bound.
+    """
 
     clip_range: float = 0.2
+    dual_clip: float | None = None
     value_clip_range: float = 0.2
     value_coef: float = 0.1
     entropy_coef: float = 0.0
@@ -25,12 +29,15 @@ class PPOLoss:
         require_positive("value_clip_range", self.value_clip_range)
         if not 0 < self.clip_range < 1:
             raise UserError(f"clip_range is in (0, 1), not {self.clip_range}")
+        if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_range:
+            raise UserError(f"dual_clip must be above 1 + clip_range = {1 + self.clip_range:g}, not {self.dual_clip}")
         require_not_negative(value_coef=self.value_coef, entropy_coef=self.entropy_coef)
 
     def policy(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Summed policy loss and the number of clipped tokens, scalars."""
-        loss, clipped = clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip_range=self.clip_range)
-        return loss.sum(), clipped.sum()
+        bounds = {"clip_low": self.clip_range, "clip_high": self.clip_range, "ratio_cap": self.dual_clip}
+        loss, low, high = clipped_policy_loss(logprobs, old_logprobs, advantages, mask, **bounds)  # type: ignore[arg-type]
+        return loss.sum(), low.sum() + high.sum()
 
     def value(self, values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Summed value loss and the number of clipped tokens, scalars."""

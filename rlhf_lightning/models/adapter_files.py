@@ -16,7 +16,7 @@ from rlhf_lightning.errors import UserError
 
 WEIGHTS, ABOUT = "adapter_model.safetensors", "rlhf_lightning.json"
 PREFIX = "base_model.model."  # of every name in peft's files
-NORMALISATION = {"reward_gain", "reward_bias"}  # of a reward model's config
+NORMALISATION = {"reward_gain", "reward_bias", "reward_temperature"}  # of a reward model's config
 HEAD = "score"  # peft keeps a scalar head among `modules_to_save`
 
 
@@ -39,8 +39,8 @@ class Adapter(NamedTuple):
     Attributes:
         config: A ``peft.LoraConfig``.
         weights: By peft's names, without its prefix.
-        about: What this project knows beyond that: ``base_sha256``, and of reward models ``reward_gain`` and
-            ``reward_bias``. Empty for folders that others wrote.
+        about: What this project knows beyond that: ``base_sha256``, and of reward models ``reward_gain``,
+            ``reward_bias`` and ``reward_temperature``. Empty for folders that others wrote.
     """
 
     config: Any

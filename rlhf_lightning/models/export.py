@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ from rlhf_lightning.models.adapter_files import Adapter, write_adapter
 from rlhf_lightning.models.merging import skeleton
 
 ADAPTER = "adapter"  # in a run's export
+MEMBER = "member_"  # how the folders of an ensemble's members begin, and their names in a state dict
 
 
 def export_folder(
@@ -45,6 +47,38 @@ def export_folder(
     folder = Path(folder)
     with Writing(folder):
         _export(network, tokenizer, folder, weights, adapter)
+    return folder
+
+
+def export_members(
+    members: Sequence[tuple[PreTrainedModel, dict[str, Any] | None]],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+) -> Path:
+    """Write the networks of an ensemble, each into a folder below one that is whole or not there at all.
+
+    Args:
+        members: Each with its state dict, None where it holds that itself.
+        tokenizer: The one that all were trained with.
+        folder: Where to; replaced if it exists.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        UserError: As :func:`export_folder`.
+    """
+    folder = Path(folder)
+    with Writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            for number, (network, weights) in enumerate(members):
+                _export(network, tokenizer, scratch / f"{MEMBER}{number}", weights, None)
+            scratch.chmod(0o755)
+            _replace_folder(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 

@@ -44,6 +44,7 @@ def head_scores(
     temperature: float = 1.0,
     entropy_gradient: bool = False,
     equal_weights: bool = False,
+    collisions: bool = False,
 ) -> TokenScores:
     """Log-probability and entropy of one token a position.
 
@@ -55,6 +56,7 @@ def head_scores(
         entropy_gradient: Let gradients flow through the entropy (for an entropy bonus).
         equal_weights: The loss will weigh every log-probability alike, as the likelihood does. The gradients are then made
             with the logits at hand; otherwise those beyond what may be kept are computed again for them.
+        collisions: Whether to compute them too; they carry no gradient.
 
     Raises:
         RuntimeError: In the backward pass, if weights that were said to be equal are not.
@@ -72,6 +74,7 @@ def head_scores(
         trains,
         entropy_gradient,
         equal_weights,
+        collisions,
     )
     return TokenScores(*_HeadScores.apply(job, hidden, *weights))
 
@@ -85,20 +88,21 @@ class _Job(NamedTuple):
     trains: bool
     entropy_gradient: bool
     equal_weights: bool
+    collisions: bool
 
 
 class _HeadScores(torch.autograd.Function):
     """Scores in the forward; in the backward the gradient, from logits that were kept or are computed again."""
 
     @staticmethod
-    def forward(ctx: Any, job: _Job, hidden: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, job: _Job, hidden: Tensor, *weights: Tensor) -> tuple[Tensor | None, ...]:
         ctx.job, ctx.kept, ctx.made = job, [], None
         chunks = list(zip(hidden.split(job.rows), job.tokens.split(job.rows), strict=True))
         sums = _Sums(hidden, weights) if job.trains and job.equal_weights else None
         scores = []
         for h, y in chunks:
             leaf, logits = _leaf(job, h, job.trains)
-            scored, log_probs = token_scores(logits.detach(), y, temperature=job.temperature)
+            scored, log_probs = token_scores(logits.detach(), y, temperature=job.temperature, collisions=job.collisions)
             scores.append(scored)
             if sums is not None:
                 gradient = logit_gradient(
@@ -107,12 +111,15 @@ class _HeadScores(torch.autograd.Function):
                 sums.add(leaf, logits, gradient)
             elif job.trains and len(ctx.kept) < job.kept:
                 ctx.kept.append((leaf, logits, log_probs))
-        whole = TokenScores(*(torch.cat(parts) for parts in zip(*scores, strict=True)))
+        columns: list[Any] = list(zip(*scores, strict=True))
+        joined: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in columns]
+        whole = TokenScores(*joined)
         ctx.made = sums.result() if sums is not None else None
         ctx.autocast = torch.is_autocast_enabled(hidden.device.type), torch.get_autocast_dtype(hidden.device.type)
         if ctx.made is None:
             ctx.save_for_backward(hidden, whole.entropy, *weights)
-        ctx.mark_non_differentiable(whole.greedy, whole.mean_logit, *([] if job.entropy_gradient else [whole.entropy]))
+        asked = (None if job.entropy_gradient else whole.entropy, whole.collisions)
+        ctx.mark_non_differentiable(whole.greedy, whole.mean_logit, *(x for x in asked if x is not None))
         return tuple(whole)
 
     @staticmethod

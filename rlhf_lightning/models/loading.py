@@ -48,35 +48,40 @@ def load_causal_lm(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> PreTr
 
 
 def load_scalar_model(
-    spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, *, new_head: bool = False
+    spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, *, new_head: bool = False, members: int | None = 1
 ) -> PreTrainedModel:
-    """Load or build a sequence classifier with one label: a reward model or a critic.
+    """Load or build a sequence classifier with one label, or several for an ensemble: a reward model or a critic.
 
     Args:
         spec: What to build.
         tokenizer: As in :func:`load_causal_lm`.
         new_head: Allow a head that is not in the checkpoint; it is then drawn from N(0, 1/(d+1)), as in OpenAI's
             summarize-from-feedback. Only the training of a reward model may ask for that.
+        members: Number of heads on the trunk; None for as many as the checkpoint holds.
 
     Returns:
         The model, in ``spec.dtype``, on the CPU.
 
     Raises:
-        UserError: As :func:`load_causal_lm`, and if a head is missing without ``new_head``.
+        UserError: As :func:`load_causal_lm`, and if a head is missing without ``new_head``, or there are others than wanted.
     """
     if spec.path is None:
-        model = _from_scratch(AutoModelForSequenceClassification, spec, tokenizer, num_labels=1)
-        missing = [name for name, _ in scalar_head(model).named_parameters()]
+        model = _from_scratch(AutoModelForSequenceClassification, spec, tokenizer, num_labels=members or 1)
+        missing = [name for name, _ in last_linear(model).named_parameters()]
     else:
-        model, missing = _from_path(AutoModelForSequenceClassification, spec, num_labels=1)
-        _refuse_missing(spec.path, [name for name in missing if not name.startswith("score.")])
+        model, missing = _from_path(AutoModelForSequenceClassification, spec, members)
+        _refuse_missing(spec.path, [name for name in missing if not _is_of_head(model, name)])
     if missing and not new_head and not _adapter_has_head(spec):
         raise UserError(
             f"{spec.path or 'a network from scratch'} holds no trained scalar head ({', '.join(missing)} missing): it is not a"
             " reward model; give the export folder of a RewardModelModule run"
         )
     if missing:
-        _draw_head(scalar_head(model))
+        _draw_head(last_linear(model))
+    if spec.adapter is None:
+        return _fit_to_tokenizer(model, tokenizer, spec)
+    if last_linear(model).out_features > 1:
+        raise UserError(f"{spec.path}: an adapter goes with one scalar head; train an ensemble without one")
     return with_adapter(_fit_to_tokenizer(model, tokenizer, spec), spec, scalar_head(model))
 
 
@@ -94,6 +99,25 @@ def scalar_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
+def is_encoder(model: PreTrainedModel) -> bool:
+    """Whether a sequence classifier reads a text as a whole, as BERT does, and pools it in a head of its own."""
+    return isinstance(getattr(model, "classifier", None), nn.Module)
+
+
+def last_linear(model: PreTrainedModel) -> nn.Linear:
+    """The layer that the scalar comes out of: ``score``, or the last one of an encoder's classification head."""
+    head: Any = model.classifier if is_encoder(model) else nn.Identity()
+    linear = [part for part in head.modules() if isinstance(part, nn.Linear)]
+    return linear[-1] if linear else scalar_head(model)
+
+
+def _is_of_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether a weight is not the trunk's: an encoder's pooler is trained with its head, and in no masked language model."""
+    if not is_encoder(model):
+        return name.startswith("score.")
+    return ".pooler." in name or not name.startswith(f"{model.base_model_prefix}.")
+
+
 def embedding_weight(model: PreTrainedModel) -> nn.Parameter:
     """The input embedding, shape (vocabulary, hidden)."""
     weight = model.get_input_embeddings().weight
@@ -101,7 +125,7 @@ def embedding_weight(model: PreTrainedModel) -> nn.Parameter:
     return weight
 
 
-def _from_path(auto: Any, spec: ModelSpec, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
+def _from_path(auto: Any, spec: ModelSpec, members: int | None = None) -> tuple[PreTrainedModel, list[str]]:
     path = str(spec.path)
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         if (Path(path) / "adapter_config.json").is_file():
@@ -112,7 +136,9 @@ def _from_path(auto: Any, spec: ModelSpec, **kwargs: Any) -> tuple[PreTrainedMod
         raise UserError(missing_model(path))
     common = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     try:
-        config = _without_dropout(AutoConfig.from_pretrained(path, **common, **kwargs))
+        config = _without_dropout(AutoConfig.from_pretrained(path, **common))
+        if auto is AutoModelForSequenceClassification:
+            config.num_labels = _heads(config, members, path)
         if torch.get_default_device().type == "meta":  # another rank reads the weights and hands them on
             return _without_weights(auto, config, spec), []
         model, info = auto.from_pretrained(
@@ -137,6 +163,18 @@ def _from_path(auto: Any, spec: ModelSpec, **kwargs: Any) -> tuple[PreTrainedMod
     if has_adapter(model):  # transformers has put it in, and would save that alone
         raise UserError(f"{path} holds an adapter; give its base as `path`, and this as `adapter.path`")
     return model, sorted(info["missing_keys"])
+
+
+def _heads(config: PretrainedConfig, members: int | None, path: str) -> int:
+    """How many scalar heads to build: as many as wanted, which a checkpoint that has any must hold."""
+    classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    held = config.num_labels if classifies else None
+    wanted = members or held or 1
+    if held not in (None, wanted):
+        raise UserError(
+            f"{path} holds {held} scalar heads on one trunk, not {wanted}; an ensemble is scored with by EnsembleReward"
+        )
+    return wanted
 
 
 def _without_weights(auto: Any, config: PretrainedConfig, spec: ModelSpec) -> PreTrainedModel:

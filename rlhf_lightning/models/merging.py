@@ -99,7 +99,7 @@ def own_adapter(network: PreTrainedModel) -> Adapter | None:
     if config.task_type == "SEQ_CLS":
         head = network.get_submodule(HEAD)
         weights |= {f"{HEAD}.{name}": whole(parameter) for name, parameter in head.named_parameters()}
-        about |= {key: float(getattr(network.config, key)) for key in NORMALISATION}
+        about |= {key: float(getattr(network.config, key)) for key in NORMALISATION if hasattr(network.config, key)}
     return Adapter(config, weights, about)
 
 

@@ -1,6 +1,6 @@
 """A causal language model as a policy: log-probabilities and entropies of the tokens that matter."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,14 @@ class PolicyOutput(NamedTuple):
         entropy: Entropy of the distribution that predicts the token; same shape, nats; without gradient unless asked for.
         greedy: Whether no token is more likely; same shape, bool.
         mean_logit: Mean raw logit over the vocabulary, which TRL logs as ``logits/chosen``; same shape.
+        collisions: Log sum of squared probabilities of that distribution; same shape, nats; None unless asked for.
     """
 
     logprobs: Tensor
     entropy: Tensor
     greedy: Tensor
     mean_logit: Tensor
+    collisions: Tensor | None = None
 
 
 class PolicyNetwork(nn.Module):
@@ -51,6 +53,7 @@ class PolicyNetwork(nn.Module):
         entropy_gradient: bool = False,
         equal_weights: bool = False,
         share_prompts: bool = False,
+        collisions: bool = False,
     ) -> PolicyOutput:
         """Score the tokens that ``response_mask`` marks.
 
@@ -62,6 +65,7 @@ class PolicyNetwork(nn.Module):
             entropy_gradient: Let gradients flow through the entropy (for an entropy bonus).
             equal_weights: The loss will weigh every log-probability alike: see :func:`rlhf_lightning.models.head.head_scores`.
             share_prompts: Rows may begin with the same prompt, which is then read once.
+            collisions: Whether to compute them too.
         """
         return score_tokens(
             self.network,
@@ -71,6 +75,7 @@ class PolicyNetwork(nn.Module):
             temperature=temperature,
             entropy_gradient=entropy_gradient,
             equal_weights=equal_weights,
+            collisions=collisions,
         )
 
 
@@ -83,6 +88,7 @@ def score_tokens(
     temperature: float,
     entropy_gradient: bool = False,
     equal_weights: bool = False,
+    collisions: bool = False,
 ) -> PolicyOutput:
     """Apply the head where ``response_mask`` asks for it; arguments and result as in :class:`PolicyNetwork`."""
     wanted = response_mask[:, 1:]
@@ -94,8 +100,10 @@ def score_tokens(
         temperature=temperature,
         entropy_gradient=entropy_gradient,
         equal_weights=equal_weights,
+        collisions=collisions,
     )
-    return PolicyOutput(*(_spread(values, wanted) for values in scores))
+    spread: list[Any] = [None if values is None else _spread(values, wanted) for values in scores]
+    return PolicyOutput(*spread)
 
 
 @torch.no_grad()

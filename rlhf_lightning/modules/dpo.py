@@ -1,5 +1,6 @@
-"""Direct preference optimisation: alignment without a reward model or sampling."""
+"""Direct preference optimisation and its relatives: alignment without a reward model or sampling."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,11 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rlhf_lightning.batches import PreferenceBatch
-from rlhf_lightning.functional.logprobs import sequence_logprobs
-from rlhf_lightning.functional.masked import masked_sum
-from rlhf_lightning.functional.ranking import preference_accuracy
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.losses import DPOLoss, PairLoss
+from rlhf_lightning.losses.pairs import Counted, Needs, Pairs, ScoredResponses
 from rlhf_lightning.models.frozen import Frozen, policy_as_it_starts
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
@@ -21,14 +21,12 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.guard import StepGuard
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
+from rlhf_lightning.modules.moving_reference import MovingReference
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled, trained_parameters
+from rlhf_lightning.modules.pair_metrics import NAMES, of_rewards, of_tokens
+from rlhf_lightning.modules.ranks import over_ranks
 from rlhf_lightning.modules.reference_logps import add_reference_logps
 from rlhf_lightning.modules.showing import Sample, as_samples, sampled_responses
-
-NAMES = (
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
-    "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy",
-)  # fmt: skip
 
 
 class DPOModule(LightningModule):
@@ -43,28 +41,38 @@ class DPOModule(LightningModule):
         schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
         sampling: SamplingParameters = SamplingParameters(),  # noqa: B008  (frozen)
         precompute_reference: bool = False,
+        moving_reference: MovingReference | None = None,
     ) -> None:
         """Remember what to build; networks are built in ``configure_model``.
 
         Args:
             policy: The model to align, usually the SFT policy.
-            loss: On the log-ratios of a pair.
-            reference: What the log-ratios are taken against; None for the policy as it starts.
+            loss: On a pair of responses.
+            reference: What log-ratios are taken against; None for the policy as it starts. A loss that needs none loads none.
             optimizer: Makes the optimizer of the parameters.
             schedule: Of the learning rate, in optimizer steps.
             sampling: How the samples that a person sees are drawn.
             precompute_reference: Compute the reference's log-probabilities of all rows before training, keep them on disk for
                 later runs on the same rows and reference, and let the reference go. It costs a pass over the rows, which
                 pays from the second epoch, or run, on.
+            moving_reference: How the reference follows the policy (TR-DPO); None for one that stays.
+
+        Raises:
+            UserError: If the loss and what is said of the reference don't go together.
         """
         super().__init__()
+        check_reference(loss, reference, precompute_reference, moving_reference)
+        if moving_reference is not None:
+            moving_reference.check(policy, precompute_reference)
         self.sampling = sampling
         self.policy_spec, self.reference_spec, self.loss = policy, reference or policy, loss
-        self.optimizer_factory, self.schedule, self.precompute_reference = optimizer, schedule, precompute_reference
+        self.optimizer_factory, self.schedule = optimizer, schedule
+        self.precompute_reference, self.moving_reference = precompute_reference, moving_reference
         self.model_path = policy.path
         self.policy: PolicyNetwork | None = None
         self.reference: Frozen | None = None
-        self.train_means, self.eval_means = Means(NAMES, totals=["num_tokens"]), Means(NAMES, totals=["num_tokens"])
+        names = (*NAMES, *loss.measures)
+        self.train_means, self.eval_means = Means(names, totals=["num_tokens"]), Means(names, totals=["num_tokens"])
         self.guard = StepGuard()
 
     def configure_model(self) -> None:
@@ -73,72 +81,94 @@ class DPOModule(LightningModule):
             return
         self.tokenizer = training_tokenizer(self, self.policy_spec.path, self.reference_spec.path)
         self.policy = PolicyNetwork(load_causal_lm(self.policy_spec, self.tokenizer))
-        if self.reference_spec == self.policy_spec:
-            self.reference = policy_as_it_starts(self.policy, self.policy_spec, self.tokenizer, self.policy)
-        else:
-            self.reference = Frozen(PolicyNetwork(load_causal_lm(self.reference_spec, self.tokenizer)))
+        if self.loss.needs_reference:
+            self.reference = self._load_reference(self.policy)
         check_context(self, self.policy.network)
         shard_if_asked(self, self.policy)
+        if self.reference is None:
+            return
         shard_if_asked(self, self.reference.own_network)
+        if self.moving_reference is not None:
+            strategy = None if self._trainer is None else self._trainer.strategy
+            self.moving_reference.check_networks(self.policy, self.reference.network, strategy)
+            self.moved = self.reference.network  # in the module tree, for checkpoints must hold what changes
         if self.precompute_reference and self.trainer.state.fn == TrainerFn.FITTING:
             add_reference_logps(self, self.reference)
             self.reference = None
 
+    def _load_reference(self, policy: PolicyNetwork) -> Frozen:
+        if self.reference_spec == self.policy_spec:
+            return policy_as_it_starts(policy, self.policy_spec, self.tokenizer, policy)
+        return Frozen(PolicyNetwork(load_causal_lm(self.reference_spec, self.tokenizer)))
+
     def on_fit_start(self) -> None:
+        if Needs.WHOLE_STEP in self.loss.needs and self.trainer.accumulate_grad_batches > 1:
+            raise UserError(
+                f"{type(self.loss).__name__} looks at all pairs of an optimizer step at once: set "
+                "trainer.accumulate_grad_batches to 1 (more ranks do no harm)"
+            )
+        self.on_validation_start()
+
+    def on_validation_start(self) -> None:
         if self.reference is not None:
             self.reference.to(self.device)
 
-    on_validation_start = on_test_start = on_predict_start = on_fit_start
+    on_test_start = on_predict_start = on_validation_start
 
     def forward(self, batch: PreferenceBatch) -> PolicyOutput:
         """Log-probabilities of the response tokens of chosen and rejected, in one forward."""
         assert self.policy is not None
-        return self.policy(batch.input_ids, batch.attention_mask, batch.response_mask, share_prompts=True)
+        inputs = batch.input_ids, batch.attention_mask, batch.response_mask
+        return self.policy(*inputs, share_prompts=True, collisions=Needs.COLLISIONS in self.loss.needs)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         loss, counted = self._loss(batch)
         self.train_means.update(counted)
         return self.guard.saw(batch, loss / batch.normalizer)
 
-    def _loss(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor | int]]]:
+    def _loss(self, batch: PreferenceBatch) -> tuple[Tensor, Counted]:
         """Summed loss, and what it and the diagnostics are means of."""
-        mask = batch.response_mask[:, 1:]
         output = self(batch)
-        logps = sequence_logprobs(output.logprobs, mask)
-        chosen_logratio, rejected_logratio = (logps - self._reference_logps(batch)).chunk(2)
-        loss = self.loss.pairs(chosen_logratio, rejected_logratio)
-        counted = self._rewards(loss, chosen_logratio, rejected_logratio) | self._diagnostics(output, logps, mask)
+        gather = self._of_all_ranks if Needs.WHOLE_STEP in self.loss.needs else None
+        pairs = Pairs(self._scored(batch, output), gather)
+        loss = self._pair_losses(pairs, batch)
+        counted = of_rewards(self.loss, loss, pairs) | of_tokens(output, pairs) | self.loss.counted(pairs)
         return loss.sum(), counted | {"num_tokens": (batch.attention_mask.sum(), 1)}
 
-    def _reference_logps(self, batch: PreferenceBatch) -> Tensor:
-        """Of each response, from before training or computed now. Shape (2 * pairs,)."""
-        if self.reference is None:
-            assert batch.reference_logps is not None
-            return batch.reference_logps
-        reference = self.reference(batch.input_ids, batch.attention_mask, batch.response_mask, share_prompts=True)
-        return sequence_logprobs(reference.logprobs, batch.response_mask[:, 1:])
+    def _pair_losses(self, pairs: Pairs, batch: PreferenceBatch) -> Tensor:
+        """Of each pair, shape (pairs,): a label of probability p is p of it and 1 - p of its opposite."""
+        p = batch.probability
+        if p is None or not bool((p < 1).any()):
+            loss = self.loss.pairs(pairs)
+        elif Needs.WHOLE_STEP in self.loss.needs:
+            raise UserError(
+                f"{type(self.loss).__name__} compares pairs with each other and takes sure labels alone: leave out the "
+                "column of probabilities, and ties"
+            )
+        else:
+            loss = p * self.loss.pairs(pairs) + (1 - p) * self.loss.pairs(pairs.swapped())
+        return loss if batch.weight is None else batch.weight * loss
 
-    def _rewards(self, loss: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, tuple[Tensor, Tensor | int]]:
-        scale, pairs = self.loss.reward_scale, len(chosen)
-        return {
-            "loss": (loss.sum(), pairs),
-            "rewards/chosen": (scale * chosen.sum(), pairs),
-            "rewards/rejected": (scale * rejected.sum(), pairs),
-            "rewards/accuracies": (preference_accuracy(chosen, rejected).sum(), pairs),
-            "rewards/margins": (scale * (chosen - rejected).sum(), pairs),
-        }
+    def _scored(self, batch: PreferenceBatch, output: PolicyOutput) -> ScoredResponses:
+        """What the loss is given of chosen and rejected; the reference's part from before training or computed now."""
+        mask, sums, tokens = batch.response_mask[:, 1:], None, None
+        if self.reference is not None:
+            inputs = batch.input_ids, batch.attention_mask, batch.response_mask
+            tokens = self.reference(*inputs, share_prompts=True).logprobs
+        elif self.loss.needs_reference:
+            sums = batch.reference_logps
+        return ScoredResponses(output.logprobs, mask, tokens, sums, output.collisions)
 
-    def _diagnostics(self, output: PolicyOutput, logps: Tensor, mask: Tensor) -> dict[str, tuple[Tensor, Tensor | int]]:
-        pairs = len(logps) // 2
-        (chosen, rejected), (chosen_logit, rejected_logit) = mask.chunk(2), output.mean_logit.chunk(2)
-        return {
-            "logps/chosen": (logps[:pairs].sum(), pairs),
-            "logps/rejected": (logps[pairs:].sum(), pairs),
-            "logits/chosen": (masked_sum(chosen_logit, chosen), chosen.sum()),
-            "logits/rejected": (masked_sum(rejected_logit, rejected), rejected.sum()),
-            "entropy": (masked_sum(output.entropy, mask), mask.sum()),
-            "mean_token_accuracy": (output.greedy[:pairs].sum(), chosen.sum()),
-        }
+    def _of_all_ranks(self, values: Tensor) -> tuple[Tensor, int]:
+        parts = over_ranks(self.trainer, values.detach().cpu())
+        return torch.cat(parts).to(values.device), sum(len(part) for part in parts[: self.global_rank])
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's, and then the reference may follow."""
+        super().optimizer_step(*args, **kwargs)
+        if self.moving_reference is not None:
+            assert self.policy is not None
+            self.moving_reference.move(self.policy, self.moved, self.global_step + 1)  # counted when this returns
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         log_step(self, optimizer, progress=("loss", "rewards/accuracies", "rewards/margins"))
@@ -148,11 +178,13 @@ class DPOModule(LightningModule):
         assert self.policy is not None
         responses = sampled_responses(self.policy, self.tokenizer, batch, count, self.sampling)
         inputs = responses.input_ids, responses.attention_mask, responses.sequence_mask
-        logprobs = self.policy(*inputs).logprobs
+        scored = ScoredResponses(self.policy(*inputs).logprobs, responses.sequence_mask[:, 1:])
+        if not self.loss.needs_reference:
+            return as_samples(responses, self.loss.rewards(scored), count)
         if self.reference is None:
-            return as_samples(responses, logprobs.sum(1) / responses.response_mask.sum(1), count)
-        log_ratio = logprobs - self.reference(*inputs).logprobs
-        return as_samples(responses, self.loss.reward_scale * log_ratio.sum(1), count)
+            return as_samples(responses, scored.means, count)
+        scored = replace(scored, ref_logprobs=self.reference(*inputs).logprobs)
+        return as_samples(responses, self.loss.rewards(scored), count)
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> list[Sample]:
         return self.show(batch, len(batch.margin))
@@ -167,3 +199,26 @@ class DPOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return scheduled(self.optimizer_factory(trained_parameters(self)), self.schedule, self.trainer)
+
+
+def check_reference(
+    loss: PairLoss, reference: ModelSpec | None, precompute_reference: bool, moving_reference: MovingReference | None
+) -> None:
+    """Hold what a loss reads against what is said of the reference.
+
+    Raises:
+        UserError: If something would be given that nobody reads, or be missing.
+    """
+    name = type(loss).__name__
+    given = {
+        "reference": reference is not None,
+        "precompute_reference": precompute_reference,
+        "moving_reference": moving_reference is not None,
+    }
+    if not loss.needs_reference and any(given.values()):
+        raise UserError(f"{name} reads no reference; leave out {' and '.join(key for key in given if given[key])}")
+    if precompute_reference and Needs.REFERENCE_TOKENS in loss.needs:
+        raise UserError(
+            f"{name} reads the reference's log-probability of each token, and precompute_reference keeps sums alone; set it "
+            "to false"
+        )

@@ -1,7 +1,7 @@
 """Proximal policy optimisation from a reward: the third stage of classic RLHF."""
 
 import math
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from rlhf_lightning.batches import PromptBatch
-from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.kl import kl_k2
 from rlhf_lightning.functional.masked import masked_sum
 from rlhf_lightning.functional.value import explained_variance
@@ -21,18 +20,29 @@ from rlhf_lightning.models.actor_critic import ActorCritic
 from rlhf_lightning.models.frozen import policy_as_it_starts
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork
-from rlhf_lightning.models.sharding import gathered, wake
+from rlhf_lightning.models.sharding import wake
 from rlhf_lightning.models.shared_critic import load_critic
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.guard import StepGuard
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, sharing_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_training
-from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, whole
+from rlhf_lightning.modules.online import (
+    all_sum,
+    answer_fixed_prompts,
+    begin,
+    check_sampling,
+    clipped_step,
+    fewest,
+    iterations,
+    prompts_a_batch,
+    respond,
+    scores_of,
+)
+from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule
 from rlhf_lightning.modules.ppo_update import PPOUpdate
 from rlhf_lightning.modules.ranks import of_this_rank, over_ranks
 from rlhf_lightning.modules.rollout_metrics import (
     EVALUATION,
-    evaluation_counts,
     part_means,
     rollout_means,
     update_means,
@@ -40,10 +50,10 @@ from rlhf_lightning.modules.rollout_metrics import (
 )
 from rlhf_lightning.modules.showing import Sample, as_samples
 from rlhf_lightning.rewards.failures import GuardedReward, IterationSkipped
-from rlhf_lightning.rewards.reward import Reward, checked_scores
+from rlhf_lightning.rewards.reward import Reward
 from rlhf_lightning.rollouts.advantages import GAE, AdvantageEstimator
 from rlhf_lightning.rollouts.buffer import Rollout
-from rlhf_lightning.rollouts.collect import Responses, generate_responses, score_responses
+from rlhf_lightning.rollouts.collect import Responses, score_responses
 from rlhf_lightning.rollouts.kl_control import FixedKL, KLControl
 from rlhf_lightning.rollouts.mismatch import differences, refuse_other_numbers, weighed
 
@@ -84,14 +94,12 @@ class PPOModule(LightningModule):
         """
         super().__init__()
         self.automatic_optimization = False
-        if not sampling.samples_the_policy:
-            raise UserError(
-                "PPO needs the log-probabilities of the distribution that was sampled: temperature > 0, top_p 1, top_k 0"
-            )
+        check_sampling(sampling)
         self.policy_spec, self.critic_spec, self.reward, self.kl = policy, critic, reward, kl
         self.sampling, self.loss, self.advantages, self.update = sampling, loss, advantages, update
         self.optimizer_factory, self.schedule = optimizer, schedule
-        self.scorer, self.guard = GuardedReward(reward, update.reward_failures, self._all_sum), StepGuard()
+        self.all_sum = partial(all_sum, self)
+        self.scorer, self.guard = GuardedReward(reward, update.reward_failures, self.all_sum), StepGuard()
         self.engine = engine_for(sampling)
         self.model_path = policy.path
         self.actor_critic: ActorCritic | None = None
@@ -115,12 +123,7 @@ class PPOModule(LightningModule):
         shard_if_asked(self, self.reference.own_network)
 
     def on_fit_start(self) -> None:
-        if str(self.trainer.precision).startswith("16"):
-            raise UserError(
-                "PPO clips its own gradients and can't unscale float16 ones; use precision bf16-mixed or 32-true"
-            )
-        if self.trainer.world_size > 1:
-            torch.manual_seed(torch.initial_seed() + self.global_rank)  # ranks must not draw the same responses
+        begin(self)
         self._place()
 
     def _place(self) -> None:
@@ -144,48 +147,42 @@ class PPOModule(LightningModule):
         except IterationSkipped:
             log_training(self, self.scorer.metrics(), progress=())
             return
-        rollout = self.advantages.estimate(rollout, kl_coef=self.kl.coef, all_sum=self._all_sum)
+        rollout = self.advantages.estimate(rollout, kl_coef=self.kl.coef, all_sum=self.all_sum)
         if not self.engine.same_numbers:
             assert self.last_rollout is not None
-            rollout, counted = weighed(rollout, self.last_rollout[0].drawn, self.update.importance_cap)
+            rollout, counted = weighed(rollout, self.last_rollout[0].drawn, self.update.importance)
             self.update_means.update(counted)
         stopped = self._learn(rollout)
         self._finish(rollout, stopped)
 
     def _collect(self, batch: PromptBatch) -> Rollout:
         responses = self._generate(batch, self.sampling)
-        rollout = self._score(responses, self.scorer.during(self.iteration + 1))
-        self.last_rollout = responses, rollout.scores
-        return rollout
-
-    def _score(self, responses: Responses, reward: Reward) -> Rollout:
-        assert self.actor_critic is not None
-        with gathered(*reward.networks()):
-            return score_responses(
-                responses,
-                self.actor_critic,
-                self.reference,
-                reward,
-                temperature=self.sampling.temperature,
-                micro_batch_size=self.update.micro_batch_size,
-                most=self._fewest(self.update.micro_batch_size, len(responses.truncated)),
-                keep_logprobs=self.engine.same_numbers,
-            )
+        scores = scores_of(self.scorer.during(self.iteration + 1), responses)
+        self.last_rollout = responses, scores
+        return self._score(responses, scores)
 
     def _generate(self, batch: PromptBatch, sampling: SamplingParameters) -> Responses:
         assert self.actor_critic is not None
-        network = self.actor_critic.policy.network
-        with gathered(self.actor_critic):
-            self.engine.take_weights(network, self.tokenizer, version=self.global_step)
-            responses = generate_responses(batch, network, self.tokenizer, self.engine, sampling)
-            self.engine.rest()
-        return responses
+        return respond(self, self.actor_critic, self.actor_critic.policy.network, batch, sampling)
+
+    def _score(self, responses: Responses, scores: Tensor) -> Rollout:
+        assert self.actor_critic is not None
+        return score_responses(
+            responses,
+            self.actor_critic,
+            self.reference,
+            scores,
+            temperature=self.sampling.temperature,
+            micro_batch_size=self.update.micro_batch_size,
+            most=fewest(self, self.update.micro_batch_size, len(responses.truncated)),
+            keep_logprobs=self.engine.same_numbers,
+        )
 
     def _learn(self, rollout: Rollout) -> bool:
         """Epochs of minibatches; True if the KL stopped them early."""
         same_weights = self.engine.same_numbers  # until the first step
         for _ in range(self.update.epochs):
-            most = self._fewest(self.update.minibatch_size, len(rollout))
+            most = fewest(self, self.update.minibatch_size, len(rollout))
             for minibatch in rollout.minibatches(self.update.minibatch_size, self.order, most):
                 approx_kl = self._step(minibatch, same_weights)
                 same_weights = False
@@ -198,22 +195,17 @@ class PPOModule(LightningModule):
 
         ``same_weights``: none has been taken since the rollout, so that the engine's log-probabilities can be checked.
         """
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        tokens = self._all_sum(minibatch.response_mask.sum())
+        self.optimizers().zero_grad()  # type: ignore[union-attr]
+        tokens = self.all_sum(minibatch.response_mask.sum())
         log_ratio_squares = torch.zeros((), dtype=torch.float32, device=self.device)
-        most = self._fewest(self.update.micro_batch_size, len(minibatch))
+        most = fewest(self, self.update.micro_batch_size, len(minibatch))
         for micro in minibatch.micro_batches(self.update.micro_batch_size, most):
             loss, squares = self._micro_loss(micro, same_weights)
             # DDP averages gradients over ranks: times the world size makes it a sum, over all ranks' tokens.
             self.manual_backward(self.guard.saw(micro, loss * self.trainer.world_size / tokens))
             log_ratio_squares += squares
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        self.guard.check(self, whole(norm))
-        torch.nn.utils.clip_grads_with_norm_(self.parameters(), self.update.max_grad_norm, norm)
-        self.update_means.update({"grad_norm": (whole(norm), 1)})
-        optimizer.step()
-        return float(self._all_sum(log_ratio_squares) / tokens)
+        clipped_step(self, self.update.max_grad_norm)
+        return float(self.all_sum(log_ratio_squares) / tokens)
 
     def _micro_loss(self, rows: Rollout, same_weights: bool = False) -> tuple[Tensor, Tensor]:
         """PPO's loss summed over the response tokens, and the summed k2 to the policy that sampled."""
@@ -250,8 +242,8 @@ class PPOModule(LightningModule):
     def _finish(self, rollout: Rollout, stopped: bool) -> None:
         """Schedules, counters, KL control and the log."""
         scheduler: Any = self.lr_schedulers()
-        means = rollout_means(rollout, self.kl.coef, self._all_sum)
-        means |= part_means(self.reward.parts(), self._all_sum, self.device)
+        means = rollout_means(rollout, self.kl.coef, self.all_sum)
+        means |= part_means(self.reward.parts(), self.all_sum, self.device)
         updates, rates = update_metrics(self.update_means), scheduler.get_last_lr()
         self.iteration += 1
         self.episodes += int(means.pop("episodes"))
@@ -262,7 +254,7 @@ class PPOModule(LightningModule):
                 **updates,
                 **self.scorer.metrics(),
                 "val/explained_variance": explained_variance(
-                    rollout.values, rollout.returns, rollout.response_mask, all_sum=self._all_sum
+                    rollout.values, rollout.returns, rollout.response_mask, all_sum=self.all_sum
                 ),
                 "kl_coef": self.kl.coef,
                 "lr": rates[0],
@@ -274,7 +266,7 @@ class PPOModule(LightningModule):
             },
             progress=("objective/scores", "objective/kl", "objective/length"),
         )
-        self.kl.update(float(means["objective/kl"]), int(self._all_sum(torch.tensor(len(rollout), device=self.device))))
+        self.kl.update(float(means["objective/kl"]), int(self.all_sum(torch.tensor(len(rollout), device=self.device))))
         scheduler.step()
 
     def show(self, batch: PromptBatch, count: int) -> list[Sample]:
@@ -285,19 +277,10 @@ class PPOModule(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Sample]:
         responses = self._generate(batch, self.sampling)
-        with gathered(*self.scorer.networks()):
-            return as_samples(responses, checked_scores(self.scorer, responses.samples), len(batch.prompts))
+        return as_samples(responses, scores_of(self.scorer, responses), len(batch.prompts))
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Answer fixed prompts, greedily and sampled from a fixed seed: the training's random numbers are not touched."""
-        modes = {"sampled": self.sampling, "greedy": replace(self.sampling, temperature=0)}
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(batch_idx)
-            for mode, sampling in modes.items():
-                responses = self._generate(batch, sampling)
-                rollout = self._score(responses, self.scorer)
-                log_ratio = rollout.logprobs - rollout.ref_logprobs
-                self.eval_means.update(evaluation_counts(mode, responses, rollout.scores, log_ratio))
+        answer_fixed_prompts(self, batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         log_evaluation(self, self.eval_means)
@@ -309,26 +292,8 @@ class PPOModule(LightningModule):
     def configure_optimizers(self) -> Any:
         assert self.actor_critic is not None
         optimizer = self.optimizer_factory(self.actor_critic.parameter_groups(self.update.critic_lr))
-        return [optimizer], [self.schedule.attach(optimizer, self._iterations())]
-
-    def _iterations(self) -> int:
-        """How many iterations the run will have, for the schedule: the smaller of what steps and epochs allow."""
-        datamodule: Any = getattr(self.trainer, "datamodule", None)
-        batch_size = datamodule.batch_size if datamodule is not None else 1
-        steps = self.update.epochs * math.ceil(batch_size / self.update.minibatch_size)
-        limits = [self.trainer.estimated_stepping_batches]
-        if self.trainer.max_steps > 0:
-            limits.append(self.trainer.max_steps // steps)
-        return max(int(min(limits)), 1)
-
-    def _fewest(self, size: int, rows: int) -> int:
-        """How many batches of ``size`` the rank with the fewest rows has: all ranks must step equally often, or they hang."""
-        count = torch.tensor(math.ceil(rows / size), device=self.device)
-        return int(self.trainer.strategy.reduce(count, reduce_op="min") if self.trainer.world_size > 1 else count)
-
-    def _all_sum(self, x: Tensor) -> Tensor:
-        """Sum over ranks."""
-        return self.trainer.strategy.reduce(x.clone(), reduce_op="sum") if self.trainer.world_size > 1 else x
+        steps = self.update.epochs * math.ceil(prompts_a_batch(self) / self.update.minibatch_size)
+        return [optimizer], [self.schedule.attach(optimizer, iterations(self, steps))]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["ppo"] = {

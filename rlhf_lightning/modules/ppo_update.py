@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.rewards.failures import RewardFailures
+from rlhf_lightning.rollouts.mismatch import Importance
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class PPOUpdate:
         target_kl: Stop the passes once the mean k2 between the policy and the one that sampled exceeds this; None never.
         critic_lr: Learning rate of the critic; None for that of the policy.
         max_grad_norm: Gradients of policy and critic together are clipped to this norm.
-        importance_cap: Greatest importance weight of a token, where the engine that samples has numbers of its own.
+        importance: Corrects for an engine that samples with numbers of its own.
         reward_failures: What becomes of a rollout that could not be scored.
     """
 
@@ -27,7 +28,7 @@ class PPOUpdate:
     target_kl: float | None = None
     critic_lr: float | None = None
     max_grad_norm: float = 1.0
-    importance_cap: float = 2.0
+    importance: Importance = Importance()  # noqa: RUF009  (frozen)
     reward_failures: RewardFailures = field(default_factory=RewardFailures)
 
     def __post_init__(self) -> None:

@@ -1,6 +1,8 @@
 """Reward modelling: the second stage."""
 
+import logging
 import math
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -10,22 +12,41 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlhf_lightning.batches import PreferenceBatch
-from rlhf_lightning.data.preferences import PreferenceDataModule
+from rlhf_lightning.batches import UnpairedBatch
+from rlhf_lightning.data.module import RowsDataModule
+from rlhf_lightning.data.sources import Kind
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.functional.ranking import expected_calibration_error, preference_accuracy
-from rlhf_lightning.losses import BradleyTerryLoss, RankingLoss
-from rlhf_lightning.models.loading import load_scalar_model
+from rlhf_lightning.functional.calibration import fit_temperature
+from rlhf_lightning.functional.ensembles import disagreement
+from rlhf_lightning.functional.ranking import expected_calibration_error
+from rlhf_lightning.losses import BradleyTerryLoss, LabelledLoss, ListLoss, RankingLoss
+from rlhf_lightning.models.ensemble import Ensemble, ScalarEnsemble, build_reward_model, members_of
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.guard import StepGuard
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled, trained_parameters
+from rlhf_lightning.modules.reward_batches import (
+    Counted,
+    RewardBatch,
+    diagnostics,
+    differences,
+    shown,
+    size,
+    summed_loss,
+)
 from rlhf_lightning.modules.showing import Sample
 
-NAMES = ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward")
+log = logging.getLogger(__name__)
+
+NAMES = ("loss", "accuracy", "kendall_tau", "margin", "disagreement", "min_reward", "mean_reward", "max_reward")
 MEASURED = 2048  # responses: enough to know the mean to 2 % of the spread
+READ: tuple[tuple[type, str, tuple[Kind, ...]], ...] = (
+    (RankingLoss, "PreferenceDataModule or RankingDataModule", ("preferences", "rankings")),
+    (ListLoss, "RankingDataModule (which reads pairs too)", ("rankings",)),
+    (LabelledLoss, "UnpairedDataModule", ("unpaired",)),
+)
 
 
 def score_means() -> Means:
@@ -39,26 +60,31 @@ class RewardModelModule(LightningModule):
     def __init__(
         self,
         network: ModelSpec,
-        loss: RankingLoss = BradleyTerryLoss(),  # noqa: B008  (frozen)
+        loss: RankingLoss | ListLoss | LabelledLoss = BradleyTerryLoss(),  # noqa: B008  (frozen)
         optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-5),
         schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
         normalise: bool = True,
+        ensemble: Ensemble | None = None,
+        calibrate: bool = False,
     ) -> None:
         """Remember what to build; networks are built in ``configure_model``.
 
         Args:
-            network: Where to start: usually the SFT policy, whose head gives way to a scalar one.
-            loss: On the scores of a pair.
+            network: Where to start: usually the SFT policy, whose head gives way to a scalar one; an encoder too.
+            loss: On the scores of pairs, of rankings, or of single labelled responses.
             optimizer: Makes the optimizer of the parameters.
             schedule: Of the learning rate, in optimizer steps.
             normalise: After each epoch, measure the scores of training responses, and keep the shift and scale that give
                 them mean 0 and standard deviation 1 with the weights.
+            ensemble: Train several members at once, each on the whole loss; None for one.
+            calibrate: After each epoch, find on the held-out rows the temperature at which score differences are log-odds,
+                keep it with the weights, and report the calibration error before and after.
         """
         super().__init__()
-        self.network_spec, self.loss, self.normalise = network, loss, normalise
-        self.optimizer_factory, self.schedule = optimizer, schedule
+        self.network_spec, self.loss, self.normalise, self.calibrate = network, loss, normalise, calibrate
+        self.optimizer_factory, self.schedule, self.ensemble = optimizer, schedule, ensemble
         self.model_path = network.path
-        self.network: ScalarModel | None = None
+        self.network: ScalarModel | ScalarEnsemble | None = None
         self.train_means, self.eval_means = score_means(), score_means()
         self.guard = StepGuard()
         self._eval_differences: list[Tensor] = []
@@ -67,92 +93,133 @@ class RewardModelModule(LightningModule):
         """Load or build the network, once."""
         if self.network is None:
             self.tokenizer = training_tokenizer(self, self.network_spec.path)
-            self.network = ScalarModel(load_scalar_model(self.network_spec, self.tokenizer, new_head=True))
-            check_context(self, self.network.network)
+            self.network = build_reward_model(self.network_spec, self.tokenizer, self.ensemble)
+            for member in members_of(self.network):
+                check_context(self, member.network)
             shard_if_asked(self, self.network)
 
-    def forward(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """Raw scores of chosen and rejected responses, (pairs,) each, in one forward."""
+    def forward(self, batch: RewardBatch) -> Tensor:
+        """Raw scores of all responses in one forward. Shape (responses,), of an ensemble (responses, members)."""
         assert self.network is not None
-        inputs = batch.input_ids, batch.attention_mask, batch.response_mask
-        chosen, rejected = self.network(*inputs, normalised=False).chunk(2)
-        return chosen, rejected
+        rows = (
+            len(batch.label) if isinstance(batch, UnpairedBatch) else None
+        )  # behind these it has what KTO alone needs
+        inputs = (x[:rows] for x in (batch.input_ids, batch.attention_mask, batch.response_mask))
+        return self.network(*inputs, normalised=False)
 
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        chosen, rejected = self(batch)
-        loss = self.loss.pairs(chosen, rejected, batch.margin)
-        self.train_means.update(self._counted(batch, loss, chosen, rejected))
-        return self.guard.saw(batch, loss.sum() / batch.normalizer)
+    def training_step(self, batch: RewardBatch, batch_idx: int) -> Tensor:
+        loss, counted = self._loss(batch, self(batch))
+        self.train_means.update(counted)
+        return self.guard.saw(batch, loss / batch.normalizer)
 
-    def _counted(
-        self, batch: PreferenceBatch, loss: Tensor, chosen: Tensor, rejected: Tensor
-    ) -> dict[str, tuple[Tensor, Tensor | int]]:
-        pairs, scores = len(chosen), torch.cat([chosen, rejected])
-        return {
-            "loss": (loss.sum(), pairs),
-            "accuracy": (preference_accuracy(chosen, rejected).sum(), pairs),
-            "margin": ((chosen - rejected).sum(), pairs),
-            "min_reward": (scores.min(), 1),
-            "mean_reward": (scores.sum(), len(scores)),
-            "max_reward": (scores.max(), 1),
-            "num_tokens": (batch.attention_mask.sum(), 1),
-        }
+    def _loss(self, batch: RewardBatch, scores: Tensor) -> tuple[Tensor, Counted]:
+        """Summed loss, over members too, so that each learns as it would alone; and what is counted, of their mean score."""
+        members = scores.unbind(-1) if scores.dim() == 2 else (scores,)
+        loss = torch.stack([summed_loss(self.loss, batch, own) for own in members]).sum()
+        counted = diagnostics(batch, scores.mean(dim=-1) if scores.dim() == 2 else scores)
+        counted["loss"] = (loss / len(members), size(batch))
+        counted["num_tokens"] = (batch.attention_mask[: len(scores)].sum(), 1)
+        if len(members) > 1:
+            spread = disagreement(torch.stack([differences(batch, own) for own in members], dim=-1))
+            counted["disagreement"] = (spread.sum(), len(spread))
+        return loss, counted
 
     def on_fit_start(self) -> None:
-        if self.normalise and not isinstance(getattr(self.trainer, "datamodule", None), PreferenceDataModule):
-            raise UserError("normalising the scores needs a PreferenceDataModule; give one, or set normalise to false")
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if not isinstance(datamodule, RowsDataModule):
+            if self.normalise or self.calibrate:
+                raise UserError(
+                    "normalising or calibrating the scores needs a PreferenceDataModule, or another of ours; give one, or set "
+                    "normalise and calibrate to false"
+                )
+            return
+        for kind, readers, read in READ:
+            if isinstance(self.loss, kind) and datamodule.kind not in read:
+                raise UserError(f"{type(self.loss).__name__} reads {readers}, not {type(datamodule).__name__}")
+        if self.calibrate and "validation" not in datamodule.rows:
+            raise UserError("calibrate needs held-out rows; set data.split.validation above 0, or calibrate to false")
 
+    @torch.no_grad()
     def on_train_epoch_end(self) -> None:
         if self.normalise:
             self._normalise()
+        if self.calibrate:
+            self._calibrate()
 
-    @torch.no_grad()
+    def _scored(self, name: str, batches: int | None = None) -> Iterator[tuple[RewardBatch, Tensor]]:
+        """Batches of a split with their raw scores; every rank takes as many: under FSDP2 one would wait for the other."""
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        for batch in islice(datamodule.loader(name, shuffle=name == "train"), batches):
+            there = self.transfer_batch_to_device(batch, self.device, 0)
+            yield there, self(there)
+
     def _normalise(self) -> None:
-        """Mean and spread of the raw scores over the first ``MEASURED`` responses of a random order, all ranks together.
-
-        Every rank takes as many batches, however many rows are in its own: under FSDP2 one would wait for the other.
-        """
-        moments = torch.zeros(3, dtype=torch.float32, device=self.device)  # count, sum, sum of squares
+        """Mean and spread of the raw scores over the first ``MEASURED`` responses of a random order, all ranks together."""
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         most = math.ceil(MEASURED / (2 * datamodule.batch_size * self.trainer.world_size))
-        for batch in islice(datamodule.loader("train", shuffle=True), most):
-            scores = torch.cat(self(self.transfer_batch_to_device(batch, self.device, 0)))
-            moments += torch.stack([torch.ones_like(scores).sum(), scores.sum(), scores.square().sum()])
-        count, total, squares = self.trainer.strategy.reduce(moments, reduce_op="sum").tolist()
+        moments: Tensor | int = 0  # count, sum, sum of squares, of each member
+        for _, scores in self._scored("train", most):
+            own = scores.unflatten(0, (len(scores), -1)) if scores.dim() == 1 else scores
+            moments = moments + torch.stack([torch.ones_like(own).sum(0), own.sum(0), own.square().sum(0)])
+        count, total, squares = self.trainer.strategy.reduce(moments, reduce_op="sum")
         mean = total / count
         assert self.network is not None
-        self.network.normalise(mean, max(squares / count - mean**2, 1e-12) ** 0.5)
+        self.network.normalise(mean, (squares / count - mean**2).clamp(min=1e-12).sqrt())
+
+    def _calibrate(self) -> None:
+        """The temperature of each member on the held-out rows, and what it does to the calibration error."""
+        assert self.network is not None
+        lead = torch.cat([self._leads(batch, scores) for batch, scores in self._scored("validation")])
+        all_sum = partial(self.trainer.strategy.reduce, reduce_op="sum")
+        temperature = torch.tensor([fit_temperature(own, all_sum=all_sum) for own in lead.unbind(-1)])
+        self.network.calibrate(temperature)
+        before, after = (
+            float(self._calibration_error(x)) for x in (lead, lead / temperature.to(lead.device, lead.dtype))
+        )
+        log.info("temperature %s: calibration error %.4f, with it %.4f", temperature.tolist(), before, after)
+        for logger in self.loggers:
+            values = {"calibration/temperature": float(temperature.mean()), "calibration/before": before}
+            logger.log_metrics(values | {"calibration/after": after}, step=self.global_step)
+
+    @staticmethod
+    def _leads(batch: RewardBatch, scores: Tensor) -> Tensor:
+        """Of each member, by how much the better response leads. Shape (pairs, members)."""
+        members = scores.unbind(-1) if scores.dim() == 2 else (scores,)
+        return torch.stack([differences(batch, own) for own in members], dim=-1).detach()
+
+    def _calibration_error(self, lead: Tensor) -> Tensor:
+        """Over all ranks, the mean of the members'. Leads of shape (pairs, members)."""
+        all_sum = partial(self.trainer.strategy.reduce, reduce_op="sum")
+        return torch.stack([expected_calibration_error(own, all_sum=all_sum) for own in lead.unbind(-1)]).mean()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         log_step(self, optimizer, progress=("loss", "accuracy"))
 
-    def show(self, batch: PreferenceBatch, count: int) -> list[Sample]:
-        """A few pairs, chosen before rejected, with their scores."""
+    def show(self, batch: RewardBatch, count: int) -> list[Sample]:
+        """A few responses with their scores; of pairs the chosen before the rejected one."""
         assert self.network is not None
-        both = self.network(batch.input_ids, batch.attention_mask).chunk(2)
-        scores = torch.stack(both, dim=1).flatten()[: 2 * count].tolist()
-        pairs = len(batch.margin)
+        lines = shown(batch, count)
+        places = torch.tensor([place for place, _ in lines], device=batch.input_ids.device)
+        ids, attention, response = (x[places] for x in (batch.input_ids, batch.attention_mask, batch.response_mask))
+        scores = self.network(ids, attention)
+        scores = scores.mean(dim=-1) if scores.dim() == 2 else scores
         samples = []
-        for row, score in enumerate(scores):
-            line = row // 2 + pairs * (row % 2)
-            ids, response = batch.input_ids[line], batch.response_mask[line]
-            prompt_ids = ids[batch.attention_mask[line] & ~response]
-            texts = self.tokenizer.batch_decode([prompt_ids.tolist(), ids[response].tolist()], skip_special_tokens=True)
-            samples.append(Sample(texts[0], f"{('chosen', 'rejected')[row % 2]}: {texts[1]}", score))
+        for line, ((_, name), score) in enumerate(zip(lines, scores.tolist(), strict=True)):
+            prompt = ids[line][attention[line] & ~response[line]].tolist()
+            texts = self.tokenizer.batch_decode([prompt, ids[line][response[line]].tolist()], skip_special_tokens=True)
+            samples.append(Sample(texts[0], f"{name}: {texts[1]}", score))
         return samples
 
-    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> list[Sample]:
-        return self.show(batch, len(batch.margin))
+    def predict_step(self, batch: RewardBatch, batch_idx: int) -> list[Sample]:
+        return self.show(batch, size(batch))
 
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        chosen, rejected = self(batch)
-        loss = self.loss.pairs(chosen, rejected, batch.margin)
-        self.eval_means.update(self._counted(batch, loss, chosen, rejected))
-        self._eval_differences.append((chosen - rejected).detach())
+    def validation_step(self, batch: RewardBatch, batch_idx: int) -> None:
+        scores = self(batch)
+        self.eval_means.update(self._loss(batch, scores)[1])
+        self._eval_differences.append(self._leads(batch, scores))
 
     def on_validation_epoch_end(self) -> None:
-        all_sum = partial(self.trainer.strategy.reduce, reduce_op="sum")
-        calibration = expected_calibration_error(torch.cat(self._eval_differences), all_sum=all_sum)
+        calibration = self._calibration_error(torch.cat(self._eval_differences))
         self._eval_differences.clear()
         log_evaluation(self, self.eval_means, calibration_error=calibration)
 

@@ -63,18 +63,19 @@ def rollout_means(rollout: Rollout, kl_coef: float, all_sum: Callable[[Tensor], 
 def part_means(
     parts: dict[str, Tensor], all_sum: Callable[[Tensor], Tensor], device: torch.device
 ) -> dict[str, Tensor]:
-    """Means of the parts of a weighted reward, all ranks together.
+    """Means of the parts of a weighted reward over the samples that it applies to, all ranks together.
 
     Args:
-        parts: Scores of one reward each, by name.
+        parts: Scores of one reward each, by name; NaN where it does not apply. Its mean is NaN where it applies nowhere.
         all_sum: Sums a tensor over ranks.
         device: Where that is done.
     """
     means = {}
     for name, scores in parts.items():
-        counted = torch.tensor([float(scores.sum()), float(len(scores))], dtype=torch.float32, device=device)
+        applies = ~scores.isnan()
+        counted = torch.stack([scores[applies].sum(), applies.sum()]).to(device, torch.float32)
         total, count = all_sum(counted).tolist()
-        means[f"rewards/{name}/mean"] = torch.tensor(total / count, dtype=torch.float32)
+        means[f"rewards/{name}/mean"] = torch.tensor(total / count if count else float("nan"), dtype=torch.float32)
     return means
 
 

@@ -24,7 +24,11 @@ NAMES = ("loss", "entropy", "mean_token_accuracy")
 
 
 class SFTModule(LightningModule):
-    """Maximum likelihood of the supervised tokens (Ouyang et al. 2022, section 3.5)."""
+    """Maximum likelihood of the supervised tokens (Ouyang et al. 2022, section 3.5).
+
+    Rows with a column ``weight`` count so many times; on samples of a policy weighted by their reward that is reward-weighted
+    regression (Peters and Schaal 2007).
+    """
 
     def __init__(
         self,
@@ -60,7 +64,8 @@ class SFTModule(LightningModule):
     def forward(self, batch: SequenceBatch) -> PolicyOutput:
         """Log-probabilities of the supervised tokens."""
         assert self.policy is not None
-        return self.policy(batch.input_ids, batch.attention_mask, batch.response_mask, equal_weights=True)
+        inputs = batch.input_ids, batch.attention_mask, batch.response_mask
+        return self.policy(*inputs, equal_weights=batch.weights is None)
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         loss, counted = self._loss(batch)
@@ -70,9 +75,10 @@ class SFTModule(LightningModule):
     def _loss(self, batch: SequenceBatch) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor | int]]]:
         """Summed loss, and what it and the diagnostics are means of."""
         output, mask = self(batch), batch.response_mask[:, 1:]
-        loss, tokens = nll_loss(output.logprobs, mask).sum(), mask.sum()
+        nll, tokens, weights = nll_loss(output.logprobs, mask), mask.sum(), batch.weights
+        loss = nll.sum() if weights is None else (weights * nll).sum()
         counted: dict[str, tuple[Tensor, Tensor | int]] = {
-            "loss": (loss, tokens),
+            "loss": (loss, tokens if weights is None else (weights * mask.sum(1)).sum()),
             "entropy": (masked_sum(output.entropy, mask), tokens),
             "mean_token_accuracy": (output.greedy.sum(), tokens),
             "num_tokens": (batch.attention_mask.sum(), 1),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.batches import PreferenceBatch, PromptBatch, SequenceBatch
+from rlhf_lightning.batches import PreferenceBatch, PromptBatch, SequenceBatch, UnpairedBatch
 from rlhf_lightning.data.collate import pad_right
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.native import engine_for
@@ -26,7 +26,7 @@ class Sample(NamedTuple):
 def sampled_responses(
     policy: PolicyNetwork,
     tokenizer: PreTrainedTokenizerBase,
-    batch: SequenceBatch | PreferenceBatch,
+    batch: SequenceBatch | PreferenceBatch | UnpairedBatch,
     count: int,
     sampling: SamplingParameters,
 ) -> Responses:
@@ -39,7 +39,9 @@ def sampled_responses(
             return generate_responses(prompts, policy.network, tokenizer, engine_for(sampling), sampling)
 
 
-def prompt_batch(tokenizer: PreTrainedTokenizerBase, batch: SequenceBatch | PreferenceBatch, count: int) -> PromptBatch:
+def prompt_batch(
+    tokenizer: PreTrainedTokenizerBase, batch: SequenceBatch | PreferenceBatch | UnpairedBatch, count: int
+) -> PromptBatch:
     """What stands before the first response token of each row; the beginning of the text where everything is learnt."""
     prompts = []
     for ids, mask in zip(batch.input_ids[:count], batch.response_mask[:count], strict=True):

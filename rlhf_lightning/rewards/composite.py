@@ -1,14 +1,21 @@
 """Several rewards at once."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.rewards.reward import Reward, Samples, checked_scores
+from rlhf_lightning.rewards.reward import Reward, Samples, applicable_scores
 
 
 class WeightedRewards(Reward):
-    """The weighted sum of several rewards; each one's mean is logged under its own name."""
+    """The weighted sum of several rewards; each one's mean is logged under its own name.
+
+    A reward that does not apply to a sample adds nothing to its sum, and that sample does not count in its mean. A sample to
+    which none applies has no score: it is an error, unless this is part of another sum that has one. Those that wait for
+    other processes or servers (``waits``) are scored at the same time.
+    """
 
     def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
         """Args: the rewards, and a weight each (1 if not given)."""
@@ -25,12 +32,26 @@ class WeightedRewards(Reward):
     def networks(self) -> list[nn.Module]:
         return [network for reward in self.rewards for network in reward.networks()]
 
-    def score(self, samples: Samples) -> Tensor:
+    def score(self, samples: Samples) -> Tensor | list[float | None]:
         self._parts = {}
-        for reward in self.rewards:
+        total, any_applies = torch.zeros(len(samples.prompts)), torch.zeros(len(samples.prompts), dtype=torch.bool)
+        for reward, weight, (scores, applies) in zip(self.rewards, self.weights, self._scored(samples), strict=True):
             name = reward.name if reward.name not in self._parts else f"{reward.name}_{len(self._parts)}"
-            self._parts[name] = checked_scores(reward, samples).cpu()
-        return torch.stack([w * s for w, s in zip(self.weights, self._parts.values(), strict=True)]).sum(0)
+            scores, applies = scores.cpu(), applies.cpu()
+            self._parts[name] = scores.masked_fill(~applies, float("nan"))
+            total, any_applies = total + weight * scores, any_applies | applies
+        if any_applies.all():
+            return total
+        return [score if ok else None for score, ok in zip(total.tolist(), any_applies.tolist(), strict=True)]
+
+    def _scored(self, samples: Samples) -> list[tuple[Tensor, Tensor]]:
+        waiting = [i for i, reward in enumerate(self.rewards) if reward.waits]
+        with ThreadPoolExecutor(max(len(waiting), 1), thread_name_prefix="reward") as pool:
+            futures = {i: pool.submit(applicable_scores, self.rewards[i], samples) for i in waiting}
+            # The others one after the other and in this thread, which is where autocast and the current device are set.
+            now = {i: applicable_scores(r, samples) for i, r in enumerate(self.rewards) if i not in futures}
+            return [now[i] if i in now else futures[i].result() for i in range(len(self.rewards))]
 
     def parts(self) -> dict[str, Tensor]:
+        """Scores before the weights, NaN where a reward does not apply."""
         return self._parts

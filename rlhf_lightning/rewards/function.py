@@ -1,10 +1,12 @@
 """A plain Python function as a reward, with the signature that TRL's users have."""
 
+import asyncio
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,10 +19,11 @@ from rlhf_lightning.rewards.reward import Reward, Samples
 
 
 class FunctionReward(Reward):
-    """``f(prompts, completions, completion_ids, **columns) -> list[float]``.
+    """``f(prompts, completions, completion_ids, **columns) -> list[float | None]``.
 
     ``completions`` are texts for text prompts and ``[{"role": "assistant", "content": text}]`` for conversations. Only the
-    arguments that the function names are passed, all of them if it takes ``**kwargs``.
+    arguments that the function names are passed, all of them if it takes ``**kwargs``. None for a response says that the
+    function does not apply to it. The function may be ``async``.
     """
 
     def __init__(self, function: str | Callable[..., Any]) -> None:
@@ -32,18 +35,19 @@ class FunctionReward(Reward):
         Raises:
             UserError: If it can't be found or is not callable.
         """
-        self.function = _find(function) if isinstance(function, str) else function
+        self.function = find_function(function) if isinstance(function, str) else function
         parameters = inspect.signature(self.function).parameters.values()
         variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         self._needs = {p.name for p in parameters if p.default is p.empty and p.kind not in variable}
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._takes = {p.name for p in parameters}
+        self.waits = inspect.iscoroutinefunction(self.function)
 
     @property
     def name(self) -> str:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
-    def score(self, samples: Samples) -> Tensor:
+    def score(self, samples: Samples) -> Tensor | list[float | None]:
         completions = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(samples.prompts, samples.completions, strict=True)
@@ -60,14 +64,27 @@ class FunctionReward(Reward):
                 f"{self.name} needs {', '.join(missing)}, which the rows have not; they have {', '.join(sorted(given))}"
             )
         result = self.function(**{k: v for k, v in given.items() if self._takes_all or k in self._takes})
+        if inspect.isawaitable(result):
+            result = _awaited(result)
         if not isinstance(result, list | tuple | Tensor):
             raise UserError(f"{self.name} returned {type(result).__name__}; return a list with one number a response")
         if isinstance(result, Tensor):
             return result
         try:
-            return torch.tensor([_number(x) for x in result], dtype=torch.float32)
+            numbers = [None if x is None else _number(x) for x in result]
         except (TypeError, ValueError) as error:
             raise UserError(f"{self.name} returned something that is not a number: {error}") from error
+        return numbers if None in numbers else torch.tensor(numbers, dtype=torch.float32)
+
+
+def _awaited(result: Awaitable[Any]) -> Any:
+    """What comes of it, in a thread of its own: in a notebook this one has an event loop already."""
+
+    async def wait() -> Any:
+        return await result
+
+    with ThreadPoolExecutor(1, thread_name_prefix="async reward") as pool:
+        return pool.submit(asyncio.run, wait()).result()
 
 
 def _number(x: Any) -> float:
@@ -76,7 +93,7 @@ def _number(x: Any) -> float:
     return float(x)
 
 
-def _find(where: str) -> Callable[..., Any]:
+def find_function(where: str) -> Callable[..., Any]:
     module_name, _, name = where.rpartition(":" if ":" in where else ".")
     if not module_name:
         raise UserError(f"{where!r} names no function; write package.module.name or path/to/file.py:name")

@@ -28,9 +28,26 @@ class Samples:
     truncated: list[bool]
     columns: dict[str, list[Any]] = field(default_factory=dict)
 
+    def rows(self, numbers: list[int]) -> "Samples":
+        """These samples, in this order, as often as they are named."""
+
+        def picked(values: list[Any]) -> list[Any]:
+            return [values[row] for row in numbers]
+
+        columns = {name: picked(values) for name, values in self.columns.items()}
+        lists = (self.prompts, self.completions, self.completion_ids, self.truncated)
+        prompts, completions, ids, truncated = (picked(values) for values in lists)
+        return Samples(prompts, completions, ids, truncated, columns)
+
 
 class Reward(ABC):
-    """Scores responses. A user's own subclass is given by its ``class_path``."""
+    """Scores responses. A user's own subclass is given by its ``class_path``.
+
+    Attributes:
+        waits: Whether scoring mostly waits for other processes or servers: such rewards of a sum are scored at the same time.
+    """
+
+    waits: bool = False
 
     @property
     def name(self) -> str:
@@ -49,18 +66,31 @@ class Reward(ABC):
         return {}
 
     @abstractmethod
-    def score(self, samples: Samples) -> Tensor:
-        """Score each sample; shape (len(samples.prompts),), float32, higher is better."""
+    def score(self, samples: Samples) -> Tensor | list[float | None]:
+        """Score each sample; higher is better.
+
+        Returns:
+            Shape (len(samples.prompts),), float32; or a list, with None for a sample to which this reward does not apply.
+        """
 
 
-def checked_scores(reward: Reward, samples: Samples) -> Tensor:
+def applicable_scores(reward: Reward, samples: Samples) -> tuple[Tensor, Tensor]:
     """``reward.score`` held against what was asked for.
+
+    Returns:
+        The scores, 0 where the reward does not apply, and where it does. Shape (samples,), float32 and bool.
 
     Raises:
         UserError: If the number of scores is wrong or one is not a finite number; names the reward and the sample.
     """
-    scores = torch.as_tensor(reward.score(samples), dtype=torch.float32)
+    given = reward.score(samples)
     expected = len(samples.prompts)
+    if isinstance(given, list):
+        applies = torch.tensor([score is not None for score in given], dtype=torch.bool)
+        scores = torch.tensor([score if score is not None else 0.0 for score in given], dtype=torch.float32)
+    else:
+        scores = torch.as_tensor(given, dtype=torch.float32)
+        applies = torch.ones(scores.shape, dtype=torch.bool)
     if scores.shape != (expected,):
         raise UserError(
             f"{reward.name} returned scores of shape {tuple(scores.shape)} for {expected} samples; one each is due"
@@ -71,5 +101,21 @@ def checked_scores(reward: Reward, samples: Samples) -> Tensor:
         raise UserError(
             f"{reward.name} returned {scores[first].item()} for {len(bad)} of {expected} samples, first for the response "
             f"{samples.completions[first][:80]!r}; return a finite number for every response"
+        )
+    return scores, applies
+
+
+def checked_scores(reward: Reward, samples: Samples) -> Tensor:
+    """A score for every sample, from a reward that has to apply to all of them.
+
+    Raises:
+        UserError: As :func:`applicable_scores`; or if the reward does not apply to a sample.
+    """
+    scores, applies = applicable_scores(reward, samples)
+    if not applies.all():
+        first = int((~applies).nonzero()[0])
+        raise UserError(
+            f"{reward.name} does not apply to {int((~applies).sum())} of {len(scores)} samples, first to the response "
+            f"{samples.completions[first][:80]!r}; leave such rows out, or add a reward that applies, in WeightedRewards"
         )
     return scores

@@ -1,6 +1,6 @@
 """A trained reward model as a reward, with its own tokenizer and template."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,8 @@ from rlhf_lightning.data.chat import ensure_chat_template
 from rlhf_lightning.data.tokenization import encode_pair
 from rlhf_lightning.data.tokenizers import load_tokenizer, repair_pad_token
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.ensemble import load_trained, member_folders, members_of
 from rlhf_lightning.models.frozen import Frozen
-from rlhf_lightning.models.loading import load_scalar_model
-from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import placed
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.reward import Reward, Samples
@@ -21,17 +20,21 @@ from rlhf_lightning.rewards.reward import Reward, Samples
 class RewardModelReward(Reward):
     """Scores text with an exported reward model: the policy may have another tokenizer and another template."""
 
-    def __init__(self, path: str, batch_size: int = 64, dtype: str = "float32") -> None:
+    wanted: ClassVar[int | None] = 1  # reward models in the folder; None for as many as there are
+
+    def __init__(self, path: str, batch_size: int = 64, dtype: str = "float32", calibrated: bool = False) -> None:
         """Remember where the model is; it is loaded when training begins.
 
         Args:
             path: Folder that a ``RewardModelModule`` run exported, or hub id.
             batch_size: Responses a forward.
             dtype: Of the weights.
+            calibrated: Instead of the normalised score, with mean 0 and spread 1, the one whose differences are log-odds of
+                preference: the raw score over the temperature that the run found (``calibrate: true``).
         """
         self.spec = ModelSpec(path=path, dtype=dtype)  # type: ignore[arg-type]
         self.path = path
-        self.batch_size = batch_size
+        self.batch_size, self.calibrated = batch_size, calibrated
         self.model: Frozen | None = None
 
     @property
@@ -42,12 +45,25 @@ class RewardModelReward(Reward):
         """Load model and tokenizer.
 
         Raises:
-            UserError: If the folder is missing or its scalar head is not in the checkpoint.
+            UserError: If the folder is missing or its scalar head is not in the checkpoint, or holds an ensemble; or if the
+                temperature is asked for that no run has found.
         """
-        self.tokenizer = load_tokenizer(self.path)
+        folders = member_folders(self.path)
+        if folders and self.wanted == 1:
+            raise UserError(f"{self.path} holds an ensemble of {len(folders)}: score with EnsembleReward")
+        self.tokenizer = load_tokenizer(folders[0] if folders else self.path)
         repair_pad_token(self.tokenizer)
         ensure_chat_template(self.tokenizer)
-        self.model = Frozen(ScalarModel(load_scalar_model(self.spec, self.tokenizer)))
+        trained = load_trained(self.spec, self.tokenizer, self.wanted)
+        if any(hasattr(member.network.config, "step_separator") for member in members_of(trained)):
+            raise UserError(
+                f"{self.path} scores steps, and was never asked about the end of a response: use ProcessReward"
+            )
+        self.model = Frozen(trained)
+        if self.calibrated and not bool(self.model.network.temperature.all()):  # type: ignore[operator]
+            raise UserError(
+                f"{self.path} holds no temperature: train it with calibrate: true, or set calibrated to false"
+            )
         self.device = torch.device(device)
         placed(self.model.network, self.device)
 
@@ -55,6 +71,10 @@ class RewardModelReward(Reward):
         return [self.model.network] if self.model is not None else []
 
     def score(self, samples: Samples) -> Tensor:
+        return self.member_scores(samples).squeeze(-1)
+
+    def member_scores(self, samples: Samples) -> Tensor:
+        """Scores of every reward model in the folder. Shape (samples, members), float32."""
         if self.model is None:
             raise UserError("RewardModelReward.prepare(device) comes before score")
         sequences = [
@@ -63,11 +83,9 @@ class RewardModelReward(Reward):
         ]
         # By length, so that a batch holds little padding.
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-        scores = torch.empty(len(sequences), dtype=torch.float32)
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            scores[rows] = self._forward([sequences[i] for i in rows]).cpu()
-        return scores
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        found = [self._forward([sequences[i] for i in rows]).reshape(len(rows), -1).cpu() for rows in batches]
+        return torch.cat(found)[torch.tensor(order).argsort()]
 
     def _encode(self, prompt: Any, text: str, truncated: bool) -> Tensor:
         response = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -81,4 +99,7 @@ class RewardModelReward(Reward):
         ids = pad_sequence(sequences, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         lengths = torch.tensor([len(s) for s in sequences])
         mask = torch.arange(ids.shape[1]) < lengths[:, None]
-        return self.model(ids.to(self.device), mask.to(self.device))
+        inputs = ids.to(self.device), mask.to(self.device)
+        if self.calibrated:
+            return self.model(*inputs, normalised=False) / self.model.network.temperature
+        return self.model(*inputs)

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.rewards.reward import Reward, Samples
-from rlhf_lightning.worlds import HHHWorld
+from rlhf_lightning.worlds import HHHWorld, SumsWorld
 
 
 class GoldReward(Reward):
     """The world's own reward. For evaluation, and for asking how much is lost by learning a reward instead."""
 
-    def __init__(self, world: HHHWorld) -> None:
+    def __init__(self, world: HHHWorld | SumsWorld) -> None:
         """Args: the world, with the seed that made the prompts."""
         self.world = world
 

@@ -22,6 +22,8 @@ class Rollout:
         entropy: Of the policy's distributions. Shape (batch, T), nats.
         values: Of the critic, before each token. Shape (batch, T).
         scores: Raw rewards of whole responses. Shape (batch,).
+        groups: Which prompt of the batch each row answers. Shape (batch,), int64.
+        baselines: Score of the greedy response to the same prompt; zeros where nobody asked for it. Shape (batch,).
         advantages: What the policy gradient is weighted with; zeros until they are computed. Shape (batch, T).
         returns: The critic's targets; zeros until they are computed. Shape (batch, T).
     """
@@ -36,6 +38,8 @@ class Rollout:
     entropy: Tensor
     values: Tensor
     scores: Tensor
+    groups: Tensor
+    baselines: Tensor
     advantages: Tensor
     returns: Tensor
 
@@ -65,9 +69,15 @@ class Rollout:
             cut[f.name] = value
         return Rollout(**cut)
 
-    def minibatches(self, size: int, generator: torch.Generator, most: int | None = None) -> Iterator["Rollout"]:
-        """The rows in a fresh random order, ``size`` at a time; the last may be smaller, or larger if there are ``most``."""
-        order = torch.randperm(len(self), generator=generator).to(self.input_ids.device)
+    def minibatches(
+        self, size: int, generator: torch.Generator, most: int | None = None, together: int = 1
+    ) -> Iterator["Rollout"]:
+        """The rows in a fresh random order, ``size`` at a time; the last may be smaller, or larger if there are ``most``.
+
+        So many rows as ``together`` says stay side by side: those of one prompt, which is then read once.
+        """
+        firsts = together * torch.randperm(len(self) // together, generator=generator)
+        order = (firsts[:, None] + torch.arange(together)).flatten().to(self.input_ids.device)
         for index in parts(order, size, most):
             yield self.rows(index)
 

@@ -1,5 +1,6 @@
-"""From a batch of prompts to a rollout: generate, score under policy, reference and critic, reward."""
+"""From a batch of prompts to a rollout: generate, score under policy, reference and critic."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.functional.logprobs import response_mask_from_tokens
 from rlhf_lightning.generation.engine import Generation, GenerationEngine, SamplingParameters
-from rlhf_lightning.models.actor_critic import ActorCritic, ActorCriticOutput
+from rlhf_lightning.models.actor_critic import ActorCriticOutput
 from rlhf_lightning.models.export import eos_ids
 from rlhf_lightning.models.frozen import Frozen
-from rlhf_lightning.rewards.reward import Reward, Samples, checked_scores
+from rlhf_lightning.rewards.reward import Samples
 from rlhf_lightning.rollouts.buffer import Rollout, parts
 
 
@@ -78,26 +79,29 @@ def generate_responses(
 @torch.no_grad()
 def score_responses(
     responses: Responses,
-    model: ActorCritic,
-    reference: Frozen,
-    reward: Reward,
+    model: Callable[..., ActorCriticOutput],
+    reference: Frozen | None,
+    scores: Tensor,
     *,
     temperature: float,
     micro_batch_size: int,
     most: int | None = None,
     keep_logprobs: bool = False,
+    group_size: int = 1,
 ) -> Rollout:
-    """Log-probabilities, values and rewards of sampled responses.
+    """Log-probabilities and values of sampled responses, beside their scores.
 
     Args:
         responses: What was sampled.
-        model: Policy and critic, with the weights that sampled.
-        reference: The frozen policy that the KL is measured from.
-        reward: Scores the text.
+        model: Policy and critic, with the weights that sampled: takes and gives what
+            :class:`~rlhf_lightning.models.actor_critic.ActorCritic` does.
+        reference: The frozen policy that the KL is measured from; None, and its log-probabilities are the policy's own.
+        scores: Raw rewards. Shape (batch,).
         temperature: That of the sampling; divides policy's and reference's logits alike.
         micro_batch_size: Rows a forward.
         most: Forwards at most, where another rank has fewer rows; the last one then takes what is left.
         keep_logprobs: Take the engine's log-probabilities for the policy's, rather than compute them a second time.
+        group_size: So many rows, one after the other, answer one prompt.
 
     Returns:
         The rollout, without advantages.
@@ -109,7 +113,8 @@ def score_responses(
     for rows in parts(torch.arange(len(mask), device=mask.device), micro_batch_size, most):
         inputs = (responses.input_ids[rows], responses.attention_mask[rows], responses.sequence_mask[rows])
         policy.append(model(*inputs, temperature=temperature, values_only=keep))
-        ref.append(reference(*inputs, temperature=temperature).logprobs)
+        if reference is not None:
+            ref.append(reference(*inputs, temperature=temperature).logprobs)
     logprobs, entropy, values = (torch.cat(columns)[:, -mask.shape[1] :] for columns in zip(*policy, strict=True))
     if keep:
         assert drawn.logprobs is not None
@@ -123,10 +128,12 @@ def score_responses(
         response_mask=mask,
         truncated=responses.truncated,
         logprobs=logprobs,
-        ref_logprobs=torch.cat(ref)[:, -mask.shape[1] :],
+        ref_logprobs=torch.cat(ref)[:, -mask.shape[1] :] if reference is not None else logprobs,
         entropy=entropy,
         values=values,
-        scores=checked_scores(reward, responses.samples).to(zeros.device),
+        scores=scores.to(zeros.device),
+        groups=torch.arange(len(mask), device=mask.device) // group_size,
+        baselines=torch.zeros_like(zeros[:, 0]),
         advantages=zeros,
         returns=zeros,
     )

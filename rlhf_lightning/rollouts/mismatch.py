@@ -1,12 +1,12 @@
 """An engine whose numbers are not the policy's: how far apart the two are, and the correction for it."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.functional.policy import importance_weights
+from rlhf_lightning.functional.policy import Correction, importance_weights
 from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.rollouts.buffer import Rollout
 
@@ -18,13 +18,31 @@ TOLERANCE = 0.01  # nats; float32 gives 1e-5
 HIGHEST = ("sampling/sampling_logp_difference/max", "sampling/importance_sampling_ratio/max")
 
 
-def weighed(rollout: Rollout, drawn: Generation, cap: float) -> tuple[Rollout, Counted]:
-    """The rollout with its advantages times the truncated importance weights of its tokens.
+@dataclass(frozen=True)
+class Importance:
+    """How an engine with numbers of its own is corrected for: :func:`rlhf_lightning.functional.policy.importance_weights`.
+
+    Attributes:
+        cap: Greatest importance weight.
+        how: What becomes of a greater one, and whether weights are those of tokens or of whole responses.
+    """
+
+    cap: float = 2.0
+    how: Correction = "token_truncate"
+
+    def __post_init__(self) -> None:
+        """Refuse a bound that leaves nothing."""
+        if not self.cap > 0:
+            raise UserError(f"importance.cap must be positive, not {self.cap}")
+
+
+def weighed(rollout: Rollout, drawn: Generation, importance: Importance) -> tuple[Rollout, Counted]:
+    """The rollout with its advantages times the importance weights of its tokens.
 
     Args:
         rollout: With advantages, and with the policy's own log-probabilities.
         drawn: What the engine gave, log-probabilities among it.
-        cap: Greatest weight.
+        importance: Which weights.
 
     Returns:
         The rollout, and sums and counts by TRL's names.
@@ -37,7 +55,7 @@ def weighed(rollout: Rollout, drawn: Generation, cap: float) -> tuple[Rollout, C
             "an engine whose numbers are not the policy's has to give the log-probabilities that it drew with"
         )
     mask = rollout.response_mask
-    weights = importance_weights(rollout.logprobs, drawn.logprobs, mask, cap=cap)
+    weights = importance_weights(rollout.logprobs, drawn.logprobs, mask, cap=importance.cap, how=importance.how)
     ratio = weights[mask]
     counted: Counted = {
         "sampling/importance_sampling_ratio/min": (ratio.min(), 1),

@@ -4,6 +4,7 @@ from rlhf_lightning.worlds.annotators import Annotator, annotators, bayes_accura
 from rlhf_lightning.worlds.enumerable import EnumerableWorld
 from rlhf_lightning.worlds.gold import GoldScore, gold_score
 from rlhf_lightning.worlds.hhh import HHHWorld
+from rlhf_lightning.worlds.sums import SumsWorld
 from rlhf_lightning.worlds.tokenizer import world_tokenizer
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "EnumerableWorld",
     "GoldScore",
     "HHHWorld",
+    "SumsWorld",
     "annotators",
     "bayes_accuracy",
     "gold_score",

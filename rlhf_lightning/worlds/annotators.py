@@ -5,6 +5,7 @@ also be length-biased, liking every further word, which is what a reward model t
 """
 
 import math
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -45,6 +46,10 @@ class Annotator:
         difference = (self.utility(first) - self.utility(second)) / NOISE
         return self.lapse / 2 + (1 - self.lapse) / (1 + math.exp(-difference))
 
+    def likes(self, score: GoldScore) -> float:
+        """The probability that they like a response that they see alone: as if it were compared with one of utility zero."""
+        return self.lapse / 2 + (1 - self.lapse) / (1 + math.exp(-self.utility(score) / NOISE))
+
 
 def annotators(length_bias: LengthBias = "none") -> tuple[Annotator, ...]:
     """The six; ``length_bias`` says how many are length-biased (where half, two of a group and one of the other)."""
@@ -53,6 +58,19 @@ def annotators(length_bias: LengthBias = "none") -> tuple[Annotator, ...]:
         Annotator(f"annotator_{i + 1}", "polite" if i % 2 == 0 else "direct", (0.02, 0.04, 0.06)[i // 2], i in biased)
         for i in range(6)
     )
+
+
+def noisy_ranks(rng: random.Random, annotator: Annotator, scores: Sequence[GoldScore]) -> list[int]:
+    """The places that an annotator gives to several responses, 0 for the best.
+
+    By Plackett-Luce: noise of Gumbel's kind is added to each utility, so that of any two the better is put first as often as
+    in a comparison of those two; an annotator who does not look (a lapse) deals out the places at random.
+    """
+    lapsed = rng.random() < annotator.lapse
+    liked = [0.0 if lapsed else annotator.utility(score) / NOISE for score in scores]
+    noisy = [value - math.log(-math.log(1 - rng.random())) for value in liked]
+    order = sorted(range(len(scores)), key=lambda i: -noisy[i])
+    return [order.index(i) for i in range(len(scores))]
 
 
 def bayes_accuracy(pairs: Iterable[tuple[GoldScore, GoldScore]], judges: Sequence[Annotator]) -> float:

@@ -15,7 +15,7 @@ from rlhf_lightning.data.sources import Kind as RowKind
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.worlds.acts import CLOSINGS, render_act, right_act
-from rlhf_lightning.worlds.annotators import LengthBias, annotators, bayes_accuracy
+from rlhf_lightning.worlds.annotators import LengthBias, annotators, bayes_accuracy, noisy_ranks
 from rlhf_lightning.worlds.composer import compose_candidates, compose_demonstration
 from rlhf_lightning.worlds.facts import draw_facts, kind_of
 from rlhf_lightning.worlds.gold import GoldScore, gold_score
@@ -23,6 +23,7 @@ from rlhf_lightning.worlds.grammar import Kind, parse_prompt
 from rlhf_lightning.worlds.questions import Question, QuestionPool, SplitName
 from rlhf_lightning.worlds.tokenizer import world_tokenizer
 
+RANKED = 4  # responses in a ranking
 Prompt = str | Sequence[Mapping[str, Any]]
 
 
@@ -41,6 +42,8 @@ class HHHWorld(Source):
         prompts: int = 4000,
         held_out: int = 1000,
         length_biased_annotators: LengthBias = "none",
+        unpaired: int = 16000,
+        rankings: int = 3000,
     ) -> None:
         """Choose a world and how much of it is seen.
 
@@ -51,6 +54,8 @@ class HHHWorld(Source):
             prompts: Training rows for reinforcement learning.
             held_out: Rows of each "validation" and each "ood" split.
             length_biased_annotators: How many of the six annotators like every further word.
+            unpaired: Training rows for KTO and its relatives: as many responses as the pairs have.
+            rankings: Training rows of four ranked responses.
 
         Raises:
             UserError: If a count is below 1 or the bias is not one of the three.
@@ -59,6 +64,8 @@ class HHHWorld(Source):
             "demonstrations": demonstrations,
             "preferences": preferences,
             "prompts": prompts,
+            "unpaired": unpaired,
+            "rankings": rankings,
         }
         for name, count in (*self.rows.items(), ("held_out", held_out)):
             if count < 1:
@@ -79,7 +86,9 @@ class HHHWorld(Source):
 
         Args:
             kind: "demonstrations" (prompt, completion), "preferences" (prompt, chosen, rejected, annotator, group,
-                kind, gold_chosen, gold_rejected) or "prompts" (prompt, kind). Texts are lists of messages.
+                kind, gold_chosen, gold_rejected), "unpaired" (prompt, completion, label, annotator, group, kind, gold),
+                "rankings" (prompt, completions, ranks, annotator, kind, gold) or "prompts" (prompt,
+                kind). Texts are lists of messages.
 
         Returns:
             "train", "validation" and "ood", the same rows in every process.
@@ -90,7 +99,9 @@ class HHHWorld(Source):
         makers = {
             "demonstrations": self._demonstration,
             "preferences": self._preference,
+            "rankings": self._ranking,
             "prompts": self._prompt,
+            "unpaired": self._unpaired,
         }
         if kind not in makers:
             raise UserError(f"HHHWorld has no {kind!r}; it has {', '.join(makers)}")
@@ -169,6 +180,35 @@ class HHHWorld(Source):
             "kind": question.kind,
             "gold_chosen": rewards[chosen],
             "gold_rejected": rewards[1 - chosen],
+        }
+
+    def _unpaired(self, rng: random.Random, question: Question) -> dict[str, Any]:
+        """One of the two responses that a pair would have, liked or not."""
+        text = rng.choice(compose_candidates(rng, question, self.facts))
+        score, annotator = gold_score(question.prompt, text, self.facts), rng.choice(self.annotators)
+        return {
+            "prompt": message("user", question.prompt),
+            "completion": message("assistant", text),
+            "label": rng.random() < annotator.likes(score),
+            "annotator": annotator.name,
+            "group": annotator.group,
+            "kind": question.kind,
+            "gold": score.reward,
+        }
+
+    def _ranking(self, rng: random.Random, question: Question) -> dict[str, Any]:
+        texts = [text for _ in range(RANKED // 2) for text in compose_candidates(rng, question, self.facts)]
+        while len(set(texts)) < RANKED:
+            texts = [*dict.fromkeys(texts), *compose_candidates(rng, question, self.facts)][:RANKED]
+        scores = [gold_score(question.prompt, text, self.facts) for text in texts]
+        annotator = rng.choice(self.annotators)
+        return {
+            "prompt": message("user", question.prompt),
+            "completions": [message("assistant", text) for text in texts],
+            "ranks": noisy_ranks(rng, annotator, scores),
+            "annotator": annotator.name,
+            "kind": question.kind,
+            "gold": [score.reward for score in scores],
         }
 
     def _prompt(self, rng: random.Random, question: Question) -> dict[str, Any]:

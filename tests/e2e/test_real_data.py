@@ -96,6 +96,15 @@ def test_a_reward_model_tells_polite_answers_from_impolite_ones(run, polite):
     torch.testing.assert_close(normalised, ours(ids, torch.ones_like(ids, dtype=torch.bool)))
 
 
+def test_a_reward_model_ranks_answers_as_people_do(run, caplog):
+    trees = str(DATA / "oasst" / "en_100_tree.jsonl")
+    flags = ["--model.network.path", str(MODEL), "--data.source.path", trees]
+    _, metrics = run("fit", "oasst_ranking_reward", *flags, "--seed_everything", "0")
+    assert "rankings: 150 train, 62 validation" in caplog.text
+    assert "rankings: they lose completions longer than 512 tokens" in caplog.text
+    assert metrics["eval/kendall_tau"] > 0.1  # .33 here, with a standard error of .15
+
+
 def test_dpo_makes_a_model_prefer_polite_answers(run, polite):
     flags = ["--model.policy.path", str(MODEL), "--data.source", polite]
     _, before = run("validate", "polite_dpo", *flags)
@@ -137,3 +146,10 @@ def test_ppo_turns_stories_from_cheerful_to_gloomy(run, tmp_path):
     assert 1 < after["eval/sampled/kl"] < 40
     exported = AutoModelForCausalLM.from_pretrained("run/export")
     assert set(exported.generation_config.eos_token_id) == {1, 2}
+
+
+def test_kto_tells_liked_answers_from_disliked_ones(run):
+    rows = str(DATA / "kto-demo" / "kto_en_demo.json")
+    _, after = run("fit", "kto_demo", "--model.policy.path", str(MODEL), "--data.source", rows)
+    assert after["eval/rewards/margins"] > 2
+    assert AutoModelForCausalLM.from_pretrained("run/export").config.vocab_size == 512

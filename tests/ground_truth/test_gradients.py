@@ -33,15 +33,25 @@ from rlhf_lightning.evaluation.gradients import (
     preference_weights,
 )
 from rlhf_lightning.functional.advantages import gae
+from rlhf_lightning.functional.best_of_n import exponential_weights
 from rlhf_lightning.functional.kl import kl_k3
-from rlhf_lightning.functional.optimum import objective
+from rlhf_lightning.functional.optimum import exact_kl, kl_optimum, objective
 from rlhf_lightning.generation.engine import SamplingParameters
-from rlhf_lightning.losses import BradleyTerryLoss, DPOLoss, IPOLoss, PairLoss, PPOLoss, RankingLoss
+from rlhf_lightning.losses import (
+    BradleyTerryLoss,
+    DPOLoss,
+    IPOLoss,
+    NormalisedDPOLoss,
+    PairLoss,
+    PPOLoss,
+    RankingLoss,
+)
 from rlhf_lightning.models.export import export_folder
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.ppo import PPOUpdate
 from rlhf_lightning.rewards.enumerable import EnumerableReward
+from rlhf_lightning.rewards.reward import checked_scores
 from rlhf_lightning.rollouts.advantages import GAE, AdvantageEstimator
 from rlhf_lightning.rollouts.collect import score_responses
 from rlhf_lightning.rollouts.kl_control import FixedKL
@@ -205,8 +215,8 @@ class Weighted(PairLoss):
     inner: PairLoss
     weights: torch.Tensor
 
-    def pairs(self, chosen_logratio, rejected_logratio):
-        return self.weights * self.inner.pairs(chosen_logratio, rejected_logratio)
+    def pairs(self, pairs):
+        return self.weights * self.inner.pairs(pairs)
 
     @property
     def reward_scale(self):
@@ -263,24 +273,11 @@ def test_dpo_over_the_population_of_four_hundred_responses(tmp_path, one_step):
     assert relative_error(found, exact_pair_gradient(world, module, PAIR_LOSSES[loss])) < EXACT
 
 
-@dataclass(frozen=True)
-class WrongDPO(DPOLoss):
-    """Turned by a trifle that nobody would see in a learning curve."""
-
-    lengths: tuple[int, ...] = ()
-
-    def pairs(self, chosen_logratio, rejected_logratio):
-        n = torch.tensor(self.lengths)
-        first, second = (x.flatten() for x in torch.meshgrid(n, n, indexing="ij"))
-        repeats = len(chosen_logratio) // len(first)
-        return super().pairs(chosen_logratio / first.repeat(repeats), rejected_logratio / second.repeat(repeats))
-
-
 @pytest.mark.parametrize("bug", ["length-averaged", "without EOS", "beta halved"])
 def test_dpo_that_is_known_to_be_wrong_is_found_out(world, folder, one_step, bug):
     loss, eos = DPOLoss(beta=0.5), world.tokenizer().eos_token_id
     wrong = {
-        "length-averaged": WrongDPO(0.5, lengths=tuple(map(len, world.responses))),
+        "length-averaged": NormalisedDPOLoss(0.5),
         "beta halved": DPOLoss(beta=0.25),
     }
 
@@ -315,6 +312,20 @@ def test_sft_over_every_response(world, folder, one_step):
     assert relative_error(found, exact_gradient(nll, trained(module))) < EXACT
 
 
+def test_reward_weighted_sft_goes_down_the_kl_to_the_optimum(world, folder, one_step):
+    """Each response weighs what all samples of it from the reference would: the step is that of KL(pi*, policy)."""
+    ref, rewards, beta = world.logps(world.reference()).detach().double(), world.rewards, 0.7
+    weights = exponential_weights(rewards + beta * ref, beta=beta).float()
+    ids, attention, response = enumerated_rows(world, world.tokenizer().pad_token_id)
+    tokens = (weights.flatten() * response.sum(1)).sum()
+    module = PerturbedSFT(ModelSpec(path=folder), optimizer=Recorder)
+    batch = SequenceBatch(ids, attention, response, tokens, weights.flatten())
+    found = as_vector(one_step(module, [batch]), trained(module))
+    optimum = kl_optimum(ref, rewards, beta=beta)[0]
+    kl = exact_kl(optimum, world.logps(trained(module)).double()).sum() / tokens
+    assert relative_error(found, exact_gradient(kl, trained(module))) < EXACT
+
+
 @dataclass(frozen=True)
 class WeightedRanking(RankingLoss):
     """Bradley-Terry over all ordered pairs, from the score of every response as chosen and as rejected."""
@@ -322,7 +333,7 @@ class WeightedRanking(RankingLoss):
     weights: torch.Tensor
     inner: RankingLoss
 
-    def pairs(self, chosen, rejected, margin):
+    def pairs(self, chosen, rejected, margin, probability=None):
         prompts, n, _ = self.weights.shape
         first, second = (x.flatten() for x in torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij"))
         chosen, rejected = (
@@ -359,8 +370,9 @@ def test_the_reward_model_over_every_ordered_pair(world, folder, one_step):
 def test_exact_values_against_a_loop_over_prefixes(world, folder):
     module = ppo(world, folder, PLAIN)
     module.configure_model()
-    networks = module.actor_critic, module.reference, module.reward
-    rollout = score_responses(all_responses(world), *networks, temperature=1.0, micro_batch_size=64)
+    responses = all_responses(world)
+    scored = module.actor_critic, module.reference, checked_scores(module.reward, responses.samples)
+    rollout = score_responses(responses, *scored, temperature=1.0, micro_batch_size=64)
     values = exact_values(rollout, world.rewards, kl_coef=BETA)
     for row in (0, 5, 57 + 30, 3 * 57 + 56):
         x, y = divmod(row, 57)

@@ -56,8 +56,10 @@ class Everything:
         """The gradient that PPO's own formulas give to a penalty per token that is taken off the reward."""
         rewards = -penalty.detach().masked_fill(~self.mask, 0)
         advantages, _ = gae(rewards, torch.zeros_like(rewards), self.mask, gamma=1.0, gae_lambda=1.0)
-        loss, _ = clipped_policy_loss(self.logprobs, self.old, self.p * advantages, self.mask, clip_range=0.2)
-        return self._of(loss.sum())
+        bounds = {"clip_low": 0.2, "clip_high": 0.2}
+        return self._of(
+            clipped_policy_loss(self.logprobs, self.old, self.p * advantages, self.mask, **bounds).loss.sum()
+        )
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from rlhf_lightning.functional.policy import clipped_policy_loss
 from rlhf_lightning.functional.rewards import token_rewards
 from rlhf_lightning.losses import DPOLoss, IPOLoss
 from rlhf_lightning.worlds import EnumerableWorld
+from tests.pairs import pairs_of
 
 BETA = 0.5
 
@@ -84,7 +85,9 @@ def tolerance(world):
 
 def test_dpo_reaches_the_kl_optimum(world):
     loss = Population(DPOLoss(BETA), preference_weights(world))
-    found = descend(Tabular(world), lambda logps: loss.pairs(*[(logps - world.ref_logps).flatten()] * 2).sum())
+    found = descend(
+        Tabular(world), lambda logps: loss.pairs(pairs_of(*[(logps - world.ref_logps).flatten()] * 2)).sum()
+    )
     optimum, _ = kl_optimum(world.ref_logps, world.rewards, beta=BETA)
     assert total_variation(found, optimum) < tolerance(world)
     assert total_variation(world.ref_logps, optimum) > 0.1
@@ -94,14 +97,18 @@ def test_dpo_reaches_it_whatever_the_pairs_are_drawn_from(world):
     r = world.rewards
     weights = torch.sigmoid(r[:, :, None] - r[:, None, :])  # every pair equally often
     loss = Population(DPOLoss(BETA), weights / weights.sum())
-    found = descend(Tabular(world), lambda logps: loss.pairs(*[(logps - world.ref_logps).flatten()] * 2).sum())
+    found = descend(
+        Tabular(world), lambda logps: loss.pairs(pairs_of(*[(logps - world.ref_logps).flatten()] * 2)).sum()
+    )
     assert total_variation(found, kl_optimum(world.ref_logps, r, beta=BETA)[0]) < tolerance(world)
 
 
 def test_ipo_reaches_its_own_closed_form_and_not_dpos(world):
     tau = 0.2
     loss = Population(IPOLoss(tau), preference_weights(world))
-    found = descend(Tabular(world), lambda logps: loss.pairs(*[(logps - world.ref_logps).flatten()] * 2).sum())
+    found = descend(
+        Tabular(world), lambda logps: loss.pairs(pairs_of(*[(logps - world.ref_logps).flatten()] * 2)).sum()
+    )
     assert total_variation(found, ipo_optimum(world.ref_logps, world.rewards, world.ref_logps, tau=tau)) < tolerance(
         world
     )
@@ -120,7 +127,8 @@ def test_ppos_formulas_reach_the_kl_optimum_and_with_a_bug_do_not(world, bug):
         coef = {None: BETA, "KL left out": 0.0, "KL counted twice": 2 * BETA}[bug]
         rewards = token_rewards(world.rewards.flatten(), old, ref.view(-1, width), mask, kl_coef=coef)
         advantages, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=1.0, gae_lambda=1.0)
-        loss, _ = clipped_policy_loss(logprobs, old, p.view(-1, 1) * advantages, mask, clip_range=0.2)
+        bounds = {"clip_low": 0.2, "clip_high": 0.2}
+        loss = clipped_policy_loss(logprobs, old, p.view(-1, 1) * advantages, mask, **bounds).loss
         (gradient,) = torch.autograd.grad(loss.sum(), policy.logits)
         visits = torch.zeros(policy.logits.shape, dtype=torch.float64)
         for t in range(width):

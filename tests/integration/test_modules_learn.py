@@ -80,7 +80,7 @@ def test_the_reward_model_overfits_eight_pairs(base):
     module = RewardModelModule(ModelSpec(path=str(base / "policy")), BradleyTerryLoss(), optimizer=adam(3e-3))
     data = PreferenceDataModule(eight("preferences"), batch_size=8, split=Split(validation=0))
     fit(module, data, base, max_steps=60)
-    chosen, rejected = module(next(iter(data.train_dataloader())))
+    chosen, rejected = module(next(iter(data.train_dataloader()))).chunk(2)
     assert (chosen > rejected).all()
     assert -torch.nn.functional.logsigmoid(chosen - rejected).mean() < 0.1
 

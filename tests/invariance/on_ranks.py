@@ -26,6 +26,7 @@ def main(folder: Path, subject: str, strategy: str) -> None:
         )
         for architecture in ARCHITECTURES
         for layout, arrangement in SHARED.items()
+        if SUBJECTS[subject].takes(arrangement)
     }
     torch.save(traces, folder / f"{strategy}-{rank}.pt")
 

@@ -1,12 +1,12 @@
 """What must not matter: the ways in which the same rows can be laid out, and the peer's bug that each would have caught."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rlhf_lightning.batches import PreferenceBatch, PromptBatch, SequenceBatch
+from rlhf_lightning.batches import PromptBatch
 
 PAD, EOS, VOCABULARY = 0, 2, 12
 STEP, REST = 8, 3  # rows of the first optimizer step, and of the second, which is a short one
@@ -67,20 +67,23 @@ REARRANGEMENTS: dict[str, Arrangement] = {
 }
 
 
-def lay_out(batch: SequenceBatch | PreferenceBatch, arrangement: Arrangement) -> SequenceBatch | PreferenceBatch:
-    """The same texts in other columns."""
+def lay_out(batch: Any, arrangement: Arrangement) -> Any:
+    """The same texts in other columns, and with them all that is known of each token."""
     rows, width = batch.attention_mask.shape
     width += arrangement.before + arrangement.after
-    ids = filling((rows, width), arrangement)
-    attention, response = (torch.zeros(rows, width, dtype=torch.bool) for _ in range(2))
+    ids, attention = filling((rows, width), arrangement), torch.zeros(rows, width, dtype=torch.bool)
+    given = {name: value for name, value in batch._asdict().items() if name not in ("input_ids", "attention_mask")}
+    old = {n: x for n, x in given.items() if isinstance(x, Tensor) and x.shape == batch.attention_mask.shape}
+    new = {name: torch.zeros(rows, width, dtype=value.dtype) for name, value in old.items()}
     for row in range(rows):
         real = batch.attention_mask[row]
         length = int(real.sum())
         start = width - arrangement.after - length if arrangement.flush_right else arrangement.before
         columns = slice(start, start + length)
         ids[row, columns], attention[row, columns] = batch.input_ids[row, real], True
-        response[row, columns] = batch.response_mask[row, real]
-    return batch._replace(input_ids=ids, attention_mask=attention, response_mask=response)
+        for name, value in old.items():
+            new[name][row, columns] = value[row, real]
+    return batch._replace(input_ids=ids, attention_mask=attention, **new)
 
 
 def lay_out_prompts(batch: PromptBatch, arrangement: Arrangement) -> PromptBatch:

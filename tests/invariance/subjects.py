@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -18,26 +18,77 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_lightning.data.chat import ensure_chat_template
-from rlhf_lightning.data.collate import PlannedRows, PreferenceCollator, PromptCollator, SequenceCollator, pad_right
+from rlhf_lightning.data.collate import (
+    PlannedRows,
+    PreferenceCollator,
+    PromptCollator,
+    SequenceCollator,
+    StepwiseCollator,
+    UnpairedCollator,
+    pad_right,
+)
+from rlhf_lightning.data.rankings import RankingCollator
 from rlhf_lightning.data.sampler import BucketBatchSampler
 from rlhf_lightning.generation.engine import Generation, GenerationEngine, SamplingParameters
-from rlhf_lightning.losses import BradleyTerryLoss, DPOLoss, IPOLoss, PPOLoss
+from rlhf_lightning.losses import (
+    AlphaDivergence,
+    AOTLoss,
+    APODownLoss,
+    APOZeroLoss,
+    APOZeroUnpairedLoss,
+    BCOPairLoss,
+    BCOUnpairedLoss,
+    BradleyTerryLoss,
+    CISPOLoss,
+    ClippedLoss,
+    CPOLoss,
+    DPOLoss,
+    EXOLoss,
+    FDPOLoss,
+    HingeLoss,
+    IPOLoss,
+    JensenShannon,
+    LDDPOLoss,
+    MixedLoss,
+    NCALoss,
+    NLLLoss,
+    NormalisedDPOLoss,
+    ORPOLoss,
+    PairLoss,
+    PlackettLuceLoss,
+    PolicyObjective,
+    PPOLoss,
+    ReinforceLoss,
+    RobustDPOLoss,
+    SequenceClippedLoss,
+    SimPOLoss,
+    SPPOHardLoss,
+    UnpairedLoss,
+    WPOLoss,
+)
+from rlhf_lightning.models.ensemble import Ensemble
 from rlhf_lightning.models.export import export_folder
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules import (
     DPOModule,
+    GRPOModule,
+    KTOModule,
     PPOModule,
+    ProcessRewardModule,
     RewardModelModule,
     SFTModule,
     strategies,  # noqa: F401  (fsdp2)
 )
+from rlhf_lightning.modules.grpo_update import Groups, GRPOUpdate
 from rlhf_lightning.modules.handoff import shard_if_asked
+from rlhf_lightning.modules.moving_reference import MovingReference
 from rlhf_lightning.modules.optimization import Schedule, whole
 from rlhf_lightning.modules.ppo import PPOUpdate
 from rlhf_lightning.rewards.function import FunctionReward
 from rlhf_lightning.rollouts.buffer import Rollout
 from rlhf_lightning.rollouts.collect import Responses
+from rlhf_lightning.rollouts.group_advantages import CriticFree, GreedyBaseline, GroupMean, LeaveOneOut, ReturnToGo
 from rlhf_lightning.rollouts.kl_control import AdaptiveKL
 from tests.invariance.rearrangements import (
     EOS,
@@ -110,17 +161,51 @@ DEMONSTRATIONS = {
     "input_ids": [p + c for p, c in zip(PROMPTS, CHOSEN, strict=True)],
     "response_mask": [[0] * len(p) + [1] * len(c) for p, c in zip(PROMPTS, CHOSEN, strict=True)],
 }
+WEIGHTED = {**DEMONSTRATIONS, "weight": [0.25 + row % 3 for row in range(ROWS)]}
+SOLUTIONS = {  # two steps each, of which every third row has only the second labelled
+    "input_ids": [p + c + r for p, c, r in zip(PROMPTS, CHOSEN, REJECTED, strict=True)],
+    "prompt_length": [len(p) for p in PROMPTS],
+    "label_at": [
+        [len(p + c) - 1, len(p + c + r) - 1][row % 3 == 2 :]
+        for row, (p, c, r) in enumerate(zip(PROMPTS, CHOSEN, REJECTED, strict=True))
+    ],
+    "labels": [[1.0 - row % 4 / 8, float(row % 4 != 1)][row % 3 == 2 :] for row in range(ROWS)],
+}
 PREFERENCES = {"prompt_ids": PROMPTS, "chosen_ids": CHOSEN, "rejected_ids": REJECTED, "margin": MARGINS}
+RANKED = [
+    [a, b, c][: 2 + row % 2] for row, (a, b, c) in enumerate(zip(CHOSEN, REJECTED, texts(5, 1, 4, EOS), strict=True))
+]
+RANKINGS = {
+    "prompt_ids": PROMPTS,
+    "completion_ids": [[token for answer in answers for token in answer] for answers in RANKED],
+    "completion_lengths": [[len(answer) for answer in answers] for answers in RANKED],
+    "ranks": [[1.0, 0.0, row % 3 / 1.0][: len(answers)] for row, answers in enumerate(RANKED)],
+    "weight": [1.0 + row % 3 / 2 for row in range(ROWS)],
+}
+ANNOTATED = {
+    **PREFERENCES,
+    "chosen_probability": [(1.0, 0.7, 0.5)[row % 3] for row in range(ROWS)],
+    "weight": [0.5 + row % 4 for row in range(ROWS)],
+}
+UNPAIRED = {
+    "prompt_ids": PROMPTS,
+    "completion_ids": [*CHOSEN[:4], *REJECTED[4:]],
+    "label": [row in (0, 2, 3, 5, 8, 10) for row in range(ROWS)],
+}
 PROMPT_ROWS = {"prompt_ids": PROMPTS, "prompt": [str(row) for row in range(ROWS)], "number": list(range(ROWS))}
+
+
+ROW_OF = {tuple(prompt): row for row, prompt in enumerate(PROMPTS)}
 
 
 class Answers(GenerationEngine):
     """Answers every prompt with what belongs to it, so that ranks and orders see the same responses."""
 
-    known: ClassVar = {tuple(prompt): answer for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)}
-
     def generate(self, network, input_ids, attention_mask, sampling, *, eos_ids, pad_id):
-        answers = [self.known[tuple(row[real].tolist())] for row, real in zip(input_ids, attention_mask, strict=True)]
+        asked = [tuple(row[real].tolist()) for row, real in zip(input_ids, attention_mask, strict=True)]
+        # Who asks again gets the answer to another prompt: the responses of a group differ.
+        numbers = [ROW_OF[prompt] + 5 * asked[:place].count(prompt) for place, prompt in enumerate(asked)]
+        answers = [ANSWERS[number % ROWS] for number in numbers]
         return Generation(pad_right(answers, pad_id)[0])
 
 
@@ -142,14 +227,23 @@ class Subject:
         weights: What each row adds to the denominator of the loss.
         online: Whether ``micro`` is the module's own affair rather than the Trainer's.
         dtype: Of the weights. In float64 rounding leaves no room to hide; scalar heads are float32 whatever the weights are.
+        whole_step: Whether its loss looks at all rows of a step at once, so that it has no micro-batches.
     """
 
     build: Callable[[dict[str, Any], str, Arrangement], pl.LightningModule]
     columns: dict[str, list[Any]]
     collator: Any
-    weights: list[int]
+    weights: list[float]
     online: bool = False
     dtype: torch.dtype = torch.float32
+    whole_step: bool = False
+
+    def takes(self, arrangement: Arrangement) -> bool:
+        """Whether its rows can be laid out so."""
+        if self.whole_step and arrangement.micro < STEP:
+            return False
+        # Prompts end in the last column, whatever they hold, and responses begin in the first: no text at the right end.
+        return not (self.online and arrangement.flush_right)
 
 
 def sgd(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
@@ -168,14 +262,57 @@ def build_sft(architecture: dict[str, Any], scalar: str, arrangement: Arrangemen
     return SFTModule(spec(architecture, arrangement), optimizer=sgd(0.05))
 
 
+def build_process_reward(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
+    return ProcessRewardModule(spec(architecture, arrangement), optimizer=sgd(0.005))
+
+
 def build_reward_model(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
     loss = BradleyTerryLoss(centering_coef=0.05, margin_scale=0.7)
     return RewardModelModule(spec(architecture, arrangement), loss, optimizer=sgd(0.005), normalise=False)
 
 
-def build_dpo(loss: Any, lr: float) -> Callable[[dict[str, Any], str, Arrangement], pl.LightningModule]:
+def build_ranking(loss: Any, **settings: Any) -> Callable[[dict[str, Any], str, Arrangement], pl.LightningModule]:
     def build(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
-        return DPOModule(spec(architecture, arrangement), loss, optimizer=sgd(lr))
+        network = spec(architecture, arrangement)
+        return RewardModelModule(network, loss, optimizer=sgd(0.005), normalise=False, **settings)
+
+    return build
+
+
+def build_dpo(
+    loss: PairLoss, lr: float, **settings: Any
+) -> Callable[[dict[str, Any], str, Arrangement], pl.LightningModule]:
+    def build(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
+        return DPOModule(spec(architecture, arrangement), loss, optimizer=sgd(lr), **settings)
+
+    return build
+
+
+# What is the matter with one is the matter with the sum. Weights bring squares and exponentials down to the size of the others.
+PAIR_LOSSES: dict[PairLoss, float] = {
+    RobustDPOLoss(0.3): 1.0,
+    HingeLoss(0.3): 1.0,
+    EXOLoss(0.3, 0.1): 1.0,
+    NormalisedDPOLoss(2.0): 1.0,
+    LDDPOLoss(0.3): 1.0,
+    FDPOLoss(0.3, JensenShannon()): 1.0,
+    FDPOLoss(0.3, AlphaDivergence(0.9)): 0.1,
+    NCALoss(0.3): 1.0,
+    BCOPairLoss(0.3): 1.0,
+    SPPOHardLoss(0.5): 0.01,
+    APOZeroLoss(0.3): 1.0,
+    APODownLoss(0.3): 1.0,
+    WPOLoss(SimPOLoss()): 1.0,
+    CPOLoss(0.3, nll_coef=0.1): 1.0,
+    ORPOLoss(): 1.0,
+    NLLLoss(per_token=True): 1.0,
+}
+EVERY_PAIR_LOSS = MixedLoss(list(PAIR_LOSSES), list(PAIR_LOSSES.values()))
+
+
+def build_kto(loss: UnpairedLoss, lr: float) -> Callable[[dict[str, Any], str, Arrangement], pl.LightningModule]:
+    def build(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
+        return KTOModule(spec(architecture, arrangement), loss, optimizer=sgd(lr))
 
     return build
 
@@ -199,7 +336,31 @@ def build_ppo(critic: bool) -> Callable[[dict[str, Any], str, Arrangement], pl.L
     return build
 
 
+def build_group(
+    advantages: CriticFree, objective: PolicyObjective, **groups: Any
+) -> Callable[[dict[str, Any], str, Arrangement], pl.LightningModule]:
+    def build(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
+        module = GRPOModule(
+            spec(architecture, arrangement),
+            FunctionReward(scored),
+            advantages,
+            objective,
+            kl=AdaptiveKL(init=0.2, target=1.0, horizon=50),
+            groups=Groups(size=2, **groups),
+            sampling=SamplingParameters(max_new_tokens=LONGEST, temperature=0.7),
+            update=GRPOUpdate(epochs=2, minibatch_size=2 * STEP, micro_batch_size=arrangement.micro, max_grad_norm=1e6),
+            optimizer=sgd(0.01),
+            schedule=Schedule(decay="constant"),
+        )
+        module.engine = Answers()
+        return module
+
+    return build
+
+
 PAIRS: dict[str, Any] = {"columns": PREFERENCES, "collator": PreferenceCollator(PAD), "weights": [1] * ROWS}
+RANKED_ROWS: dict[str, Any] = {"columns": RANKINGS, "collator": RankingCollator(PAD)}
+SINGLES: dict[str, Any] = {"columns": UNPAIRED, "collator": UnpairedCollator(PAD, 64), "weights": [1] * ROWS}
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
 ONLINE: dict[str, Any] = {
     "columns": PROMPT_ROWS,
@@ -209,11 +370,53 @@ ONLINE: dict[str, Any] = {
 }
 SUBJECTS: dict[str, Subject] = {
     "sft": Subject(build_sft, DEMONSTRATIONS, SequenceCollator(PAD), [len(row) for row in CHOSEN], **DOUBLE),
-    "reward model": Subject(build_reward_model, **PAIRS),
+    "sft, weighted": Subject(
+        build_sft,
+        WEIGHTED,
+        SequenceCollator(PAD),
+        [w * len(row) for w, row in zip(WEIGHTED["weight"], CHOSEN, strict=True)],
+        **DOUBLE,
+    ),
+    "process reward": Subject(
+        build_process_reward, SOLUTIONS, StepwiseCollator(PAD), [len(row) for row in SOLUTIONS["labels"]]
+    ),
+    "reward model": Subject(build_reward_model, **(PAIRS | {"columns": ANNOTATED})),
+    "rankings, ensemble": Subject(
+        build_ranking(BradleyTerryLoss(centering_coef=0.05), ensemble=Ensemble(2, "own")), **(PAIRS | RANKED_ROWS)
+    ),
+    "plackett-luce": Subject(build_ranking(PlackettLuceLoss()), **(PAIRS | RANKED_ROWS)),
     "dpo": Subject(build_dpo(DPOLoss(beta=0.3, label_smoothing=0.1), 0.01), **PAIRS, **DOUBLE),
     "ipo": Subject(build_dpo(IPOLoss(tau=0.5), 1e-4), **PAIRS, **DOUBLE),
+    "every pair loss": Subject(
+        build_dpo(EVERY_PAIR_LOSS, 0.005, moving_reference=MovingReference(every=1)), **PAIRS, **DOUBLE
+    ),
+    "aot": Subject(build_dpo(AOTLoss(beta=0.3), 0.01), **PAIRS, **DOUBLE, whole_step=True),
+    # KTO's own reference point is of the micro-batch; what holds for it is in integration/test_kto.py.
+    "apo-zero, unpaired": Subject(build_kto(APOZeroUnpairedLoss(0.3, 1.2, 0.8), 0.01), **SINGLES, **DOUBLE),
+    "bco, unpaired": Subject(build_kto(BCOUnpairedLoss(0.3, 1.2, 0.8), 0.01), **SINGLES, **DOUBLE),
     "ppo": Subject(build_ppo(critic=True), **ONLINE),
     "ppo, shared trunk": Subject(build_ppo(critic=False), **ONLINE),
+    "grpo": Subject(
+        build_group(GroupMean(), PolicyObjective("sequence_mean", "loss_k3_token", entropy_coef=0.01)), **ONLINE
+    ),
+    "rloo": Subject(
+        build_group(LeaveOneOut(), PolicyObjective("sequence_sum", "reward_k1", ReinforceLoss())), **ONLINE
+    ),
+    "reinforce++": Subject(
+        build_group(ReturnToGo(group_baseline=True), PolicyObjective("token_mean", "loss_k2_sequence", CISPOLoss())),
+        **ONLINE,
+    ),
+    "gspo": Subject(
+        build_group(
+            GroupMean(scale="batch"),
+            PolicyObjective("constant_length", "loss_k3_token", SequenceClippedLoss()),
+            mask_truncated=True,
+        ),
+        **ONLINE,
+    ),
+    "remax": Subject(
+        build_group(GreedyBaseline(), PolicyObjective("sequence_sum", "reward_k1", ClippedLoss())), **ONLINE
+    ),
 }
 
 

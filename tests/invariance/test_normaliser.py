@@ -48,7 +48,7 @@ def test_sft_divides_by_the_tokens_that_it_sums_over(kind, mask, tmp_path):
     assert loss.item() == pytest.approx(module.train_means.compute()["loss"].item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("subject", ["sft", "reward model", "dpo", "ipo"])
+@pytest.mark.parametrize("subject", ["sft", "sft, weighted", "process reward", "reward model", "dpo", "ipo"])
 def test_the_loss_of_a_whole_step_is_the_logged_mean(subject, tmp_path):
     module = configured(SUBJECTS[subject], "rotary", scalar_folder(tmp_path, "rotary"), PLAIN)
     loss = module.training_step(batches(SUBJECTS[subject], PLAIN)[0], 0)

@@ -7,7 +7,9 @@ import torch
 
 from tests.peers import record
 from tests.peers.cases import OFFLINE, ONLINE
+from tests.peers.group_cases import GROUPS
 from tests.peers.problem import ARCHITECTURES, folders
+from tests.peers.unpaired_cases import UNPAIRED
 
 torch.set_num_threads(1)  # threads that wait for each other cost more than they give
 
@@ -20,12 +22,13 @@ def paths(tmp_path_factory):
 @pytest.fixture(scope="session")
 def ours(paths):
     """What our module computes."""
-    from tests.peers import ours, ours_ppo
+    from tests.peers import ours, ours_group, ours_ppo, ours_unpaired
 
     @cache
     def run(name):
-        side, case = (ours, OFFLINE[name]) if name in OFFLINE else (ours_ppo, ONLINE[name])
-        return side.run(case, paths[case.architecture])
+        sides = ((OFFLINE, ours), (GROUPS, ours_group), (UNPAIRED, ours_unpaired), (ONLINE, ours_ppo))
+        cases, side = next((c, s) for c, s in sides if name in c)
+        return side.run(cases[name], paths[cases[name].architecture])
 
     return run
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_lightning.data.collate import PreferenceCollator, SequenceCollator
 from rlhf_lightning.data.loaders import Placement, make_loader
-from rlhf_lightning.losses import BradleyTerryLoss, DPOLoss, IPOLoss
+from rlhf_lightning.losses import BradleyTerryLoss
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules import DPOModule, RewardModelModule, SFTModule
 from tests.peers.cases import Offline
@@ -59,7 +59,7 @@ def sgd(lr: float) -> Any:
 
 def run(case: Offline, paths: dict[str, str]) -> dict[str, Any]:
     """One optimizer step of the module that the case names."""
-    build = {"sft": sft, "reward": reward, "dpo": dpo}[case.method]
+    build = {"sft": sft, "reward": reward}.get(case.method, dpo)
     module, collate, columns, weights = build(case, paths)
     module.tokenizer = tokenizer()
     rows = Dataset.from_dict({**columns, "length": list(range(len(case.pairs)))})  # "by length" keeps the order
@@ -85,6 +85,7 @@ def run(case: Offline, paths: dict[str, str]) -> dict[str, Any]:
         "metrics": memory.metrics,
         "gradients": watch.gradients,
         "log_ratios": log_ratios(module, outputs) if case.method == "dpo" else None,
+        "means": means(outputs) if case.method == "orpo" else None,
         "entropies": [entropies(*pair) for pair in outputs] if case.method == "sft" else None,
     }
 
@@ -120,14 +121,15 @@ def reward(case: Offline, paths: dict[str, str]) -> tuple[Any, Any, dict[str, li
 
 
 def dpo(case: Offline, paths: dict[str, str]) -> tuple[Any, Any, dict[str, list], list[int]]:
-    loss = (IPOLoss if "tau" in case.loss else DPOLoss)(**case.loss)
+    loss = case.kind(**case.loss)
     policy, reference = ModelSpec(path=paths["policy"]), ModelSpec(path=paths[case.reference])
-    module = DPOModule(policy, loss, reference=reference, optimizer=sgd(0.0))
+    module = DPOModule(policy, loss, reference=reference if loss.needs_reference else None, optimizer=sgd(0.0))
     return module, PreferenceCollator(PAD), pairs(case), [1] * len(case.pairs)
 
 
 def pairs(case: Offline) -> dict[str, list]:
     rows = [encoded(pair, case.end) for pair in case.pairs]
+    rows = [{**row, "prompt_ids": [*case.begin, *row["prompt_ids"]]} for row in rows]
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
@@ -141,6 +143,14 @@ def flat(batch: Any, output: Any) -> list[float]:
 def entropies(batch: Any, output: Any) -> list[float]:
     """Of the distributions that predict the supervised tokens of a micro-batch."""
     return output.entropy[batch.response_mask[:, 1:]].tolist()
+
+
+def means(outputs: list[Any]) -> list[float]:
+    """Mean log-probability of a token of each response, chosen first."""
+    found = []
+    for batch, output in outputs:
+        found += (output.logprobs.sum(1) / batch.response_mask.sum(1)).tolist()
+    return found
 
 
 def log_ratios(module: DPOModule, outputs: list[Any]) -> list[tuple[float, int]]:

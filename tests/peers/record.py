@@ -1,20 +1,24 @@
 """Write down what the installed TRL computes: ``python -m tests.peers.record`` in an environment that ``make peers`` made.
 
-1.16.0 is the peer of the offline methods, 1.12.0 the last with PPO.
+1.16.0 is the peer of the offline methods and of those that learn from groups, 1.12.0 the last with PPO. Names of cases write
+these alone anew.
 """
 
 import json
 import platform
+import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tests.peers.cases import OFFLINE, ONLINE
+from tests.peers.group_cases import GROUPS
 from tests.peers.problem import ARCHITECTURES, checksum, folders
+from tests.peers.unpaired_cases import UNPAIRED
 
 RECORDED = Path(__file__).parent / "recorded"
-CASES: dict[str, dict[str, Any]] = {"1.16.0": OFFLINE, "1.12.0": ONLINE}
+CASES: dict[str, dict[str, Any]] = {"1.16.0": OFFLINE | GROUPS | UNPAIRED, "1.12.0": ONLINE}
 
 
 def installed() -> str | None:
@@ -31,6 +35,14 @@ def compute(name: str, paths: dict[str, dict[str, str]], scratch: Path) -> dict[
         from tests.peers import trl_offline
 
         return trl_offline.run(OFFLINE[name], paths[OFFLINE[name].architecture], scratch)
+    if name in GROUPS:
+        from tests.peers import trl_group
+
+        return trl_group.run(GROUPS[name], paths[GROUPS[name].architecture], scratch)
+    if name in UNPAIRED:
+        from tests.peers import trl_unpaired
+
+        return trl_unpaired.run(UNPAIRED[name], paths[UNPAIRED[name].architecture], scratch)
     from tests.peers import trl_ppo
 
     return trl_ppo.run(ONLINE[name], paths[ONLINE[name].architecture], scratch)
@@ -65,7 +77,9 @@ def main() -> None:
         raise SystemExit(f"trl is {trl or 'not installed'}; this records {' or '.join(CASES)}")
     with tempfile.TemporaryDirectory() as scratch:
         paths = {name: folders(name, Path(scratch)) for name in ARCHITECTURES}
-        runs = {name: rounded(compute(name, paths, Path(scratch) / "out")) for name in CASES[trl]}
+        names = sys.argv[1:] or CASES[trl]
+        new = {name: rounded(compute(name, paths, Path(scratch) / "out")) for name in names}
+    runs = {**read(trl)["runs"], **new} if sys.argv[1:] else new
     packages = {name: version(name) for name in ("trl", "torch", "transformers", "accelerate")}
     head = {"how": "python -m tests.peers.record", "python": platform.python_version(), "packages": packages}
     lines = [f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in runs.items()]

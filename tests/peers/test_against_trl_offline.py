@@ -1,18 +1,19 @@
-"""SFT, reward model, DPO and IPO against TRL 1.16.0: equal, or apart by exactly what is named."""
+"""SFT, reward model and the pair losses against TRL 1.16.0: equal, or apart by exactly what is named."""
 
 import pytest
 import torch
 
 from rlhf_lightning.functional.preference import ipo_loss
-from tests.peers.cases import BETA, OFFLINE
+from tests.peers.cases import BETA, OFFLINE, PAIR_LOSSES
 from tests.peers.measure import apart, distance
 from tests.peers.problem import PAD
 
 TOLERANCE = 1e-5
 EQUAL = [
     "sft-llama", "sft-gpt2", "sft-accumulated", "reward-llama", "reward-gpt2", "dpo-llama", "dpo-gpt2",
-    "dpo-at-its-reference", "aot-one-pair-at-a-time",
+    "dpo-at-its-reference", "aot-one-pair-at-a-time", *PAIR_LOSSES,
 ]  # fmt: skip
+WITHOUT_REFERENCE = ["cpo", "simpo", "orpo"]  # other trainers, which log raw logits and no sums of log-probabilities
 # Theirs is the learning rate of the trainer's schedule, and epoch is counted before rather than after the step.
 NOT_COMPARED = {"learning_rate", "epoch"}
 # Named below: means of micro-batch means; a tie that counts as wrong.
@@ -20,6 +21,9 @@ NAMED = {
     "sft-accumulated": {"entropy", "mean_token_accuracy"},
     "aot-one-pair-at-a-time": {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"},
     "dpo-at-its-reference": {"rewards/accuracies"},
+    "ld": {"logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins"},
+    "cpo": {"logits/chosen", "logits/rejected", "nll_loss"},
+    "simpo": {"logits/chosen", "logits/rejected", "logps/chosen", "logps/rejected", "nll_loss"},
 }
 
 
@@ -41,7 +45,10 @@ def test_the_loss_is_theirs(offline, ours, name):
     assert ours(name)["loss"] == pytest.approx(offline(name)["loss"], abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", [name for name in OFFLINE if OFFLINE[name].micro_batches == OFFLINE[name].ours_in])
+@pytest.mark.parametrize(
+    "name",
+    [name for name, case in OFFLINE.items() if case.micro_batches == case.ours_in and name not in WITHOUT_REFERENCE],
+)
 def test_log_probabilities_and_scores_are_theirs(offline, ours, name):
     assert apart(offline(name)["outputs"], ours(name)["outputs"]) < TOLERANCE
 
@@ -113,3 +120,39 @@ def test_padded_with_eos_their_reward_model_reads_the_token_before_eos(offline, 
     assert not any(2 in row for batch in ours(name)["input_ids"] for row in batch)
     assert ours(name)["loss"] == pytest.approx(offline(name)["loss"], abs=TOLERANCE)
     assert apart(offline(name)["outputs"], offline("reward-llama")["outputs"]) > 0.1
+
+
+def test_their_logps_of_ld_dpo_lack_the_share_of_the_longer_ones_tail(offline, ours):
+    """So do their rewards; ours are of whole responses in every loss."""
+    rest, tokens = ours("ld")["outputs"], []
+    for _, length in ours("ld")["log_ratios"]:
+        tokens.append(rest[:length])
+        rest = rest[length:]
+    common = [min(map(len, pair)) for pair in zip(*(tokens[:4], tokens[4:]), strict=True)] * 2
+    alpha = OFFLINE["ld"].loss["alpha"]
+    sums = [sum(row[:n]) + alpha * sum(row[n:]) for row, n in zip(tokens, common, strict=True)]
+    theirs, mine = offline("ld")["metrics"], ours("ld")["metrics"]
+    assert theirs["logps/chosen"] == pytest.approx(sum(sums[:4]) / 4, abs=TOLERANCE)
+    assert theirs["logps/rejected"] == pytest.approx(sum(sums[4:]) / 4, abs=TOLERANCE)
+    assert mine["logps/chosen"] == pytest.approx(sum(map(sum, tokens[:4])) / 4, abs=TOLERANCE)
+
+
+def test_their_logps_of_simpo_and_orpo_are_means(offline, ours):
+    """One name for two things; ours are sums in every loss, and the rewards are of the means."""
+    for name, beta in (("simpo", 2.0), ("orpo", BETA)):
+        theirs, mine = offline(name)["metrics"], ours(name)["metrics"]
+        for side in ("chosen", "rejected"):
+            assert theirs[f"logps/{side}"] == pytest.approx(mine[f"rewards/{side}"] / beta, abs=TOLERANCE)
+            assert mine[f"logps/{side}"] < 2 * theirs[f"logps/{side}"]
+
+
+def test_their_nll_of_orpo_is_of_prompts_too(offline, ours):
+    """The paper's is of the response, as ours: the mean over tokens in each. The odds-ratio term is the same."""
+    theirs, mine = offline("orpo")["metrics"], ours("orpo")["metrics"]
+    for name in ("log_odds_ratio", "log_odds_chosen", "rewards/margins", "rewards/accuracies"):
+        assert mine[name] == pytest.approx(theirs[name], abs=TOLERANCE)
+    term = -BETA * theirs["log_odds_ratio"]
+    assert offline("orpo")["loss"] == pytest.approx(theirs["nll_loss"] + term, abs=TOLERANCE)
+    chosen = torch.tensor(ours("orpo")["means"])[: len(OFFLINE["orpo"].pairs)]
+    assert ours("orpo")["loss"] == pytest.approx(float(-chosen.mean()) + term, abs=TOLERANCE)
+    assert abs(theirs["nll_loss"] + float(chosen.mean())) > 0.01

@@ -1,4 +1,4 @@
-"""Runs TRL's own SFT, reward and DPO trainers for one optimizer step and writes down what they computed."""
+"""Runs TRL's own SFT, reward, DPO, CPO and ORPO trainers for one optimizer step and writes down what they computed."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from tests.peers.cases import Offline
 from tests.peers.measure import gradients
@@ -45,7 +47,8 @@ def run(case: Offline, paths: dict[str, str], scratch: Path) -> dict[str, Any]:
         "gradient_accumulation_steps": case.micro_batches,
         **case.trl,
     }
-    trainer = {"sft": sft, "reward": reward, "dpo": dpo}[case.method](case, paths, settings)
+    methods = {"sft": sft, "reward": reward, "dpo": dpo, "cpo": without_reference, "orpo": without_reference}
+    trainer = methods[case.method](case, paths, settings)
     return watched(trainer)
 
 
@@ -93,6 +96,17 @@ def dpo(case: Offline, paths: dict[str, str], settings: dict[str, Any]) -> DPOTr
     )
 
 
+def without_reference(case: Offline, paths: dict[str, str], settings: dict[str, Any]) -> CPOTrainer | ORPOTrainer:
+    data = [{key: pair[key] for key in ("prompt", "chosen", "rejected")} for pair in case.pairs]
+    config, trainer = {"cpo": (CPOConfig, CPOTrainer), "orpo": (ORPOConfig, ORPOTrainer)}[case.method]
+    return trainer(
+        AutoModelForCausalLM.from_pretrained(paths["policy"]),
+        args=config(remove_unused_columns=False, **settings),
+        train_dataset=Dataset.from_list(data),
+        processing_class=tokenizer(),
+    )
+
+
 def watched(trainer: Any) -> dict[str, Any]:
     """Train for one step; what went in and came out of every micro-batch, and the gradients of the step."""
     inputs: list[list[list[int]]] = []
@@ -101,7 +115,8 @@ def watched(trainer: Any) -> dict[str, Any]:
     step, callback = trainer.training_step, GradientsOfTheStep()
 
     def training_step(model: Any, batch: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        inputs.append(batch["input_ids"].tolist())
+        sides = ("input_ids",) if "input_ids" in batch else ("chosen_input_ids", "rejected_input_ids")
+        inputs.append([row for side in sides for row in batch[side].tolist()])
         loss = step(model, batch, *args, **kwargs)
         losses.append(float(loss))
         return loss
@@ -110,7 +125,7 @@ def watched(trainer: Any) -> dict[str, Any]:
         if output.get("log_probs") is not None:
             width = kwargs["labels"].shape[1] - 1
             outputs.extend(output.log_probs[:, :width][kwargs["labels"][:, 1:] != -100].tolist())
-        else:
+        elif output.logits.dim() == 2:  # scores; the logits of a whole vocabulary are too many to write down
             outputs.extend(output.logits.flatten().tolist())
 
     trainer.training_step = training_step

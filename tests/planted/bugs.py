@@ -73,17 +73,17 @@ GRADIENTS = [
         "mean over each response's tokens (1/|y|)",
         "14.3, GRPO",
         "losses/ppo.py",
-        "clip_range=self.clip_range)\n        return loss.sum(), clipped.sum()",
-        "clip_range=self.clip_range)\n        share = mask.sum() / (len(mask) * mask.sum(1, keepdim=True))\n"
-        "        return (share * loss).sum(), clipped.sum()",
+        "        return loss.sum(), low.sum() + high.sum()",
+        "        share = mask.sum() / (len(mask) * mask.sum(1, keepdim=True))\n"
+        "        return (share * loss).sum(), low.sum() + high.sum()",
         PPO_GRADIENT,
     ),
     bug(
         "EOS masked out of the policy loss",
         "14.3, trl PPO with pad == eos",
         "functional/policy.py",
-        "    log_ratio = (logprobs - old_logprobs)",
-        f"    mask = {WITHOUT_LAST}\n    log_ratio = (logprobs - old_logprobs)",
+        "    ratio = (logprobs - old_logprobs).masked_fill(~mask, 0).exp()\n",
+        f"    mask = {WITHOUT_LAST}\n    ratio = (logprobs - old_logprobs).masked_fill(~mask, 0).exp()\n",
         PPO_GRADIENT,
     ),
     bug(
@@ -143,41 +143,41 @@ GRADIENTS = [
     bug(
         "DPO over mean log-probabilities",
         "14.4",
-        DPO,
-        "logps = sequence_logprobs(output.logprobs, mask)\n",
-        "logps = sequence_logprobs(output.logprobs, mask) / mask.sum(1)\n",
+        "losses/pairs.py",
+        "return sequence_logprobs(self.logprobs, self.mask)",
+        "return sequence_logprobs(self.logprobs, self.mask) / self.lengths",
         PAIR_GRADIENT,
     ),
     bug(
         "DPO without EOS",
         "14.4",
         DPO,
-        "        mask = batch.response_mask[:, 1:]\n        output = self(batch)\n",
-        f"        mask = batch.response_mask[:, 1:]\n        mask = {WITHOUT_LAST}\n        output = self(batch)\n",
+        "mask, sums, tokens = batch.response_mask[:, 1:], None, None\n",
+        f"mask, sums, tokens = batch.response_mask[:, 1:], None, None\n        mask = {WITHOUT_LAST}\n",
         PAIR_GRADIENT,
     ),
     bug(
         "DPO without a reference",
         "14.4",
-        DPO,
-        "(logps - self._reference_logps(batch)).chunk(2)",
-        "logps.chunk(2)",
+        "losses/pairs.py",
+        "return self.logps - self.ref_logps",
+        "return self.logps",
         PAIR_GRADIENT,
     ),
     bug(
         "DPO's beta halved",
         "14.4",
-        "losses/pairs.py",
-        "rejected_logratio, beta=self.beta, label",
-        "rejected_logratio, beta=self.beta / 2, label",
+        "losses/dpo.py",
+        "return dpo_loss(*pairs.logratios, beta=self.beta, label",
+        "return dpo_loss(*pairs.logratios, beta=self.beta / 2, label",
         PAIR_GRADIENT,
     ),
     bug(
         "chosen and rejected swapped",
         "field 3",
-        DPO,
-        "chosen_logratio, rejected_logratio = (",
-        "rejected_logratio, chosen_logratio = (",
+        "losses/pairs.py",
+        "chosen, rejected = values.chunk(2)",
+        "rejected, chosen = values.chunk(2)",
         PAIR_GRADIENT,
     ),
     bug(
@@ -355,8 +355,8 @@ NORMALISERS = [
         "the reward model averages its micro-batch",
         "trl#2617",
         REWARD_MODEL,
-        "loss.sum() / batch.normalizer",
-        "loss.mean()",
+        "loss / batch.normalizer",
+        "loss / size(batch)",
         layout("reward model", "micro-batches of two"),
     ),
     bug(
@@ -412,7 +412,7 @@ NORMALISERS = [
         "explained variance of one rank, in PPO",
         "found here",
         PPO,
-        "rollout.response_mask, all_sum=self._all_sum\n",
+        "rollout.response_mask, all_sum=self.all_sum\n",
         "rollout.response_mask\n",
         "invariance/test_two_ranks.py::test_two_ranks_do_as_one[ppo]",
     ),
@@ -420,15 +420,15 @@ NORMALISERS = [
         "calibration error of one rank",
         "found here",
         REWARD_MODEL,
-        "torch.cat(self._eval_differences), all_sum=all_sum)",
-        "torch.cat(self._eval_differences))",
+        "expected_calibration_error(own, all_sum=all_sum)",
+        "expected_calibration_error(own)",
         "invariance/test_two_ranks.py::test_two_ranks_do_as_one[reward model]",
     ),
     bug(
         "PPO divides by the tokens of its rank",
         "verl#906, trl#2617",
         PPO,
-        "tokens = self._all_sum(minibatch.response_mask.sum())",
+        "tokens = self.all_sum(minibatch.response_mask.sum())",
         "tokens = minibatch.response_mask.sum()",
         "invariance/test_two_ranks.py::test_two_ranks_do_as_one[ppo]",
     ),
@@ -460,8 +460,8 @@ NORMALISERS = [
         "margins left out",
         "OpenRLHF LogExpLoss",
         "losses/ranking.py",
-        "margin=self.margin_scale * margin)",
-        "margin=0 * margin)",
+        "margin=self.margin_scale * margin, probability",
+        "margin=0 * margin, probability",
         "unit/test_losses.py::test_bradley_terry_adds_the_scaled_margin_and_the_centring_term",
     ),
 ]
@@ -518,9 +518,9 @@ RUNS = [
     bug(
         "every step counted twice",
         "pytorch-lightning#17958",
-        PPO,
-        "        optimizer.step()\n",
-        "        optimizer.step()\n        optimizer.step()\n",
+        "modules/online.py",
+        "    module.optimizers().step()\n",
+        "    module.optimizers().step()\n    module.optimizers().step()\n",
         "invariance/test_ppo.py::test_global_step_is_the_number_of_optimizer_steps",
     ),
     bug(
@@ -567,4 +567,215 @@ RUNS = [
     ),
 ]
 
-BUGS: list[Bug] = [*GRADIENTS, *PADDING, *NORMALISERS, *RUNS]
+STEPS_AND_SAMPLES = [
+    bug(
+        "a step is scored before its separator",
+        "algorithms 10",
+        "data/steps.py",
+        "reached[2::2]",
+        "reached[1::2]",
+        "unit/data/test_steps.py::test_labels_stand_at_the_separator_behind_their_step",
+    ),
+    bug(
+        "steps averaged solution by solution",
+        "algorithms 10",
+        "data/steps.py",
+        'weight="labelled",',
+        "weight=None,",
+        "integration/test_process_reward.py::test_the_loss_is_the_mean_over_the_labelled_steps",
+    ),
+    bug(
+        "weights of rows in the denominator alone",
+        "algorithms 9",
+        "modules/sft.py",
+        "(weights * nll).sum()",
+        "nll.sum()",
+        "ground_truth/test_gradients.py::test_reward_weighted_sft_goes_down_the_kl_to_the_optimum",
+    ),
+    bug(
+        "best of n from n draws with replacement",
+        "algorithms 9",
+        "functional/best_of_n.py",
+        "math.comb(i - 1, n - 1) / math.comb(total, n)",
+        "(i / total) ** n - ((i - 1) / total) ** n",
+        "unit/functional/test_best_of_n.py::test_hand_values_of_the_unbiased_estimator",
+    ),
+]
+
+PAIRS = [
+    bug(
+        "IPO averages log-ratios over tokens",
+        "trl",
+        "losses/dpo.py",
+        "return ipo_loss(*pairs.logratios, tau",
+        "return ipo_loss(*halves(pairs.responses.logratios / pairs.responses.lengths), tau",
+        "unit/test_pair_losses.py::test_values_of_the_table",
+    ),
+    bug(
+        "WPO's weights are paid for",
+        "14.3",
+        "functional/pair_tokens.py",
+        "return torch.exp(mean_logprobs(logprobs - collisions, mask)).detach()",
+        "return torch.exp(mean_logprobs(logprobs - collisions, mask))",
+        "unit/test_pair_losses.py::test_the_weights_of_wpo_have_no_gradient",
+    ),
+    bug(
+        "the reference moves a step late",
+        "TR-DPO",
+        DPO,
+        "self.moved, self.global_step + 1)",
+        "self.moved, self.global_step)",
+        "integration/test_pair_loss_runs.py::test_the_reference_follows_every_third_step",
+    ),
+]
+
+VERIFIERS = [
+    bug(
+        "a test without a verdict is passed",
+        "a program that hangs after its first test",
+        "rewards/verdicts.py",
+        "[False] * (len(tests)",
+        "[True] * (len(tests)",
+        "unit/rewards/test_code_reward.py::test_a_test_without_a_verdict_is_not_passed",
+    ),
+    bug(
+        "the program says what it is equal to",
+        "__eq__ returns True",
+        "rewards/inside/tester.py",
+        "    def __call__(self, *arguments",
+        "    def __eq__(self, other: object) -> bool:\n        return bool(self.__getattr__('__eq__')(other))\n\n"
+        "    def __call__(self, *arguments",
+        "unit/rewards/test_code_reward.py::test_what_a_program_calls_equal_is_not",
+    ),
+    bug(
+        "an error of the program's ends a loop of the tests",
+        "raise StopIteration",
+        "rewards/inside/tester.py",
+        "kind not in (Exception, StopIteration)",
+        "kind is not Exception",
+        "unit/rewards/test_code_reward.py::test_what_looks_different_each_time_and_what_ends_a_loop_pass_nothing",
+    ),
+    bug(
+        "a reward that does not apply counts as zero",
+        "trl's nansum, where all are None",
+        "rewards/composite.py",
+        "if any_applies.all():",
+        "if len(total):",
+        "unit/rewards/test_reward_functions.py",
+    ),
+    bug(
+        "overlong from the longest length on",
+        "6, L=20, c=4",
+        "functional/rewards.py",
+        "(max_length - buffer - lengths.float())",
+        "(max_length - lengths.float())",
+        "unit/rewards/test_rules.py::test_the_soft_overlong_penalty_of_the_paper",
+    ),
+]
+
+COMPARISONS = [
+    bug(
+        "a ranking counts as often as it has pairs",
+        "Ouyang et al. 2022, eq. 1: 1 / C(K, 2)",
+        "modules/reward_batches.py",
+        "pair_shares(prompt) * batch.weight[prompt]",
+        "batch.weight[prompt]",
+        "integration/test_reward_models.py::test_a_ranking_weighs_as_its_prompt_does_however_many_pairs_it_has",
+    ),
+    bug(
+        "the other half of a soft label pulls the same way",
+        "algorithms 2",
+        "functional/ranking.py",
+        "(1 - probability) * F.logsigmoid(-lead)",
+        "(1 - probability) * F.logsigmoid(lead)",
+        "unit/functional/test_ensembles_and_calibration.py::test_a_soft_label_is_the_mean_of_both_labels_and_its_least_value_the_entropy",
+    ),
+    bug(
+        "the temperature of one rank's rows",
+        "found here",
+        "functional/calibration.py",
+        "slope if all_sum is None else all_sum(slope)",
+        "slope",
+        "unit/functional/test_ensembles_and_calibration.py::test_two_ranks_find_the_temperature_of_all_pairs",
+    ),
+]
+
+KTO = "modules/kto.py"
+UNPAIRED = [
+    bug(
+        "KTO's reference point is the rows' own log-ratio",
+        "algorithms 8: a batch of one",
+        KTO,
+        "    part = slice(rows, None)\n",
+        "    part = slice(rows)\n",
+        "integration/test_kto.py::test_loss_and_metrics_row_by_row",
+    ),
+    bug(
+        "KTO's reference point is cut off on each rank",
+        "algorithms 8",
+        "functional/unpaired.py",
+        "counted = torch.stack([ratios.sum(), ",
+        "counted = torch.stack([ratios.sum().clamp(min=0), ",
+        "unit/functional/test_unpaired_losses.py::test_the_reference_point_is_over_all_ranks_before_it_is_cut_off",
+    ),
+    bug(
+        "BCO's running mean is not in the checkpoint",
+        "algorithms 8",
+        KTO,
+        '        self.seen.load_state(checkpoint["kto"])\n',
+        "        pass\n",
+        "integration/test_kto.py::test_bco_compares_with_the_mean_reward_so_far_and_keeps_it_in_the_checkpoint",
+    ),
+]
+
+BASELINES = "ground_truth/test_group_gradients.py::test_every_baseline_gives_the_gradient_of_the_objective"
+K2_GRADIENT = (
+    "ground_truth/test_group_gradients.py::test_half_the_squared_log_ratio_of_the_response_in_the_loss_is_as_good"
+)
+GROUPS = [
+    bug(
+        "a deviation of the population",
+        "TRL, verl and torch take the unbiased one",
+        "functional/groups.py",
+        "return (squares * sizes / (sizes - 1)).sqrt()",
+        "return squares.sqrt()",
+        "unit/functional/test_groups.py::test_groups_by_hand",
+    ),
+    bug(
+        "groups that are not those of the prompts",
+        "14.4",
+        "rollouts/collect.py",
+        "device=mask.device) // group_size",
+        "device=mask.device) % group_size",
+        BASELINES,
+    ),
+    bug(
+        "the KL over other denominators than the rest of the loss",
+        "GRPO of several peers",
+        "modules/grpo.py",
+        "kl = self.kl.coef * self.objective.kl_tokens(logprobs - rows.ref_logprobs, mask)",
+        "kl = self.kl.coef * self.objective.kl_tokens(logprobs - rows.ref_logprobs, mask) * total.sequences / total.tokens",
+        K2_GRADIENT,
+    ),
+    bug(
+        "what comes before a token counts for it, too",
+        "REINFORCE++ without its return to go",
+        "functional/groups.py",
+        "return counted.flip(1).cumsum(1).flip(1).masked_fill(~mask, 0)",
+        "return counted.cumsum(1).masked_fill(~mask, 0)",
+        "unit/functional/test_groups.py::test_rewards_to_go_by_hand_and_across_a_hole",
+    ),
+]
+
+BUGS: list[Bug] = [
+    *GROUPS,
+    *UNPAIRED,
+    *VERIFIERS,
+    *GRADIENTS,
+    *PAIRS,
+    *PADDING,
+    *NORMALISERS,
+    *RUNS,
+    *STEPS_AND_SAMPLES,
+    *COMPARISONS,
+]

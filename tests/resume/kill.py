@@ -22,7 +22,14 @@ from typing import NamedTuple
 from tests.resume.runs import METHODS, Crew, differences
 
 AGAIN = 0.4  # how often a run that goes on is killed as well
-EPOCHS = {"sft": "8", "reward": "8", "dpo": "8", "ppo": "4"}  # so that most of a run is training
+EPOCHS = {
+    "sft": "8",
+    "reward": "8",
+    "dpo": "8",
+    "kto": "8",
+    "ppo": "4",
+    "grpo": "4",
+}  # so that most of a run is training
 
 
 class Whole(NamedTuple):

@@ -14,6 +14,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from rlhf_lightning import cli
@@ -23,11 +24,31 @@ from rlhf_lightning.commands.quiet import be_quiet
 from rlhf_lightning.models.export import export_folder
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.modules import DPOModule, PPOModule, RewardModelModule, SFTModule
+from rlhf_lightning.modules import (
+    DPOModule,
+    GRPOModule,
+    KTOModule,
+    PPOModule,
+    ProcessRewardModule,
+    RewardModelModule,
+    SFTModule,
+)
 from rlhf_lightning.worlds import world_tokenizer
 
-METHODS = ("sft", "reward", "dpo", "ppo")
-MODULES = {"sft": SFTModule, "reward": RewardModelModule, "dpo": DPOModule, "ppo": PPOModule}
+METHODS = ("sft", "reward", "rankings", "process", "dpo", "kto", "ppo", "grpo")
+MODULES = {
+    "sft": SFTModule,
+    "reward": RewardModelModule,
+    "rankings": RewardModelModule,
+    "process": ProcessRewardModule,
+    "dpo": DPOModule,
+    "kto": KTOModule,
+    "ppo": PPOModule,
+    "grpo": GRPOModule,
+}
+FAST = ("sft", "ppo")
+# What differs between methods shows in these two; the nightly run has every method.
+BRIEF = [method if method in FAST else pytest.param(method, marks=pytest.mark.exhaustive) for method in METHODS]
 FIELDS = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 ARCHITECTURE = {"model_type": "llama", "max_position_embeddings": 128, **FIELDS}
 ADAM = ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", "0.003"]
@@ -55,15 +76,37 @@ def arguments(method: str, base: Path, folder: Path, *more: str) -> list[str]:
             "--model", "RewardModelModule", "--model.network.path", policy, "--data", "PreferenceDataModule", *OFFLINE,
             "--data.source.preferences", "48",
         ],
+        "rankings": [
+            "--model", "RewardModelModule", "--model.network.path", policy, "--model.ensemble.members", "2",
+            "--model.ensemble.trunk", "own", "--model.calibrate", "true", "--data", "RankingDataModule", *OFFLINE,
+            "--data.source.rankings", "48",
+        ],
+        "process": [
+            "--model", "ProcessRewardModule", "--model.network.architecture", json.dumps(ARCHITECTURE), "--model.separator",
+            ";", "--data", "StepwiseDataModule", *OFFLINE, "--data.source", "SumsWorld", "--data.source.held_out", "8",
+            "--data.source.solutions", "48",
+        ],
         "dpo": [
             "--model", "DPOModule", "--model.policy.path", policy, "--model.sampling.max_new_tokens", "4",
             "--data", "PreferenceDataModule", *OFFLINE, "--data.source.preferences", "48",
+        ],
+        "kto": [  # with the loss of its family that remembers something from one step to the next
+            "--model", "KTOModule", "--model.policy.path", policy, "--model.loss", "BCOUnpairedLoss",
+            "--model.sampling.max_new_tokens", "4", "--data", "UnpairedDataModule", *OFFLINE, "--data.source.unpaired", "48",
         ],
         "ppo": [
             "--model", "PPOModule", "--model.policy.path", policy, "--model.critic.path", reward, "--model.reward",
             "RewardModelReward", "--model.reward.path", reward, "--model.kl", "AdaptiveKL", "--model.kl.horizon", "100",
             "--model.kl.target", "0.1", "--model.update.epochs", "2", "--model.update.minibatch_size", "2",
             "--model.sampling.max_new_tokens", "6", "--data", "PromptDataModule", *COMMON, "--data.source.prompts", "48",
+        ],
+        "grpo": [
+            "--model", "GRPOModule", "--model.policy.path", policy, "--model.reward", "RewardModelReward",
+            "--model.reward.path", reward, "--model.advantages", "GroupMean", "--model.objective.aggregation", "token_mean",
+            "--model.objective.kl_placement", "loss_k3_token", "--model.kl", "AdaptiveKL", "--model.kl.horizon", "100",
+            "--model.kl.target", "0.1", "--model.groups.size", "2", "--model.groups.prompts", "1", "--model.update.epochs", "2",
+            "--model.update.minibatch_size", "2", "--model.sampling.max_new_tokens", "6", "--data", "PromptDataModule", *COMMON,
+            "--data.source.prompts", "48",
         ],
     }  # fmt: skip
     return ["fit", *own[method], "--trainer.default_root_dir", str(folder), *more]
@@ -91,13 +134,13 @@ def places(method: str) -> list[Place]:
     """Where a run can be found, and killed."""
     module = MODULES[method]
     own = [
-        Place("rollout", PPOModule, "_generate"),
-        Place("scoring", PPOModule, "_score"),
-        Place("update", PPOModule, "_step"),
-        Place("log", PPOModule, "_finish"),
+        Place("rollout", module, "_generate"),
+        Place("scoring", module, "_score"),
+        Place("update", module, "_step"),
+        Place("log", module, "_finish"),
     ]
     return [
-        *(own if method == "ppo" else []),
+        *(own if method in ("ppo", "grpo") else []),
         Place("epoch start", module, "on_train_epoch_start"),
         Place("batch", module, "training_step"),
         Place("validation", module, "validation_step"),

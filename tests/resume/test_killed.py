@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.resume.runs import METHODS, Signal, arguments, differences
+from tests.resume.runs import BRIEF, FAST, METHODS, Signal, arguments, differences
 
 ROOT = Path(__file__).parents[2]
 # Two epochs of twelve batches, two batches a step (ppo: one); checkpoints after batches 6, 10, 12, 16, 20, 24 (ppo: 5, 10, 12,
@@ -30,10 +30,6 @@ CHAINS = {
     ],
     "metrics": [("metrics", 1), ("metrics header", 2), ("metrics", 5), ("metrics header", 1), ("metrics", 3)],
 }
-# Every method goes through every chain in the nightly run; what differs between methods shows in the first and the last.
-BRIEF = [
-    method if method in ("sft", "ppo") else pytest.param(method, marks=pytest.mark.exhaustive) for method in METHODS
-]
 ITERATION = [("rollout", 9), ("scoring", 7), ("update", 26), ("update", 7), ("log", 8)]
 
 
@@ -52,7 +48,10 @@ def killed(crew, method, name, *deaths, more=(), ranks=1):
     return folder
 
 
-@pytest.mark.parametrize(("method", "die"), [("sft", ("batch", 19)), ("ppo", ("update", 31))])
+@pytest.mark.parametrize(
+    ("method", "die"),
+    [("sft", ("batch", 19)), ("ppo", ("update", 31)), ("grpo", ("update", 31)), ("kto", ("batch", 19))],
+)
 def test_killed_once(crew, whole, method, die):
     assert differences(whole(method), killed(crew, method, name_of(method, die), die)) == []
 
@@ -106,17 +105,22 @@ def test_other_ways_to_count(crew, whole, method, more):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "strategy"), [*[(method, "ddp") for method in METHODS], ("sft", "fsdp2"), ("ppo", "fsdp2")]
+    ("method", "strategy"),
+    [
+        *(pytest.param(method, "ddp", marks=() if method in FAST else pytest.mark.exhaustive) for method in METHODS),
+        ("sft", "fsdp2"),
+        ("ppo", "fsdp2"),
+    ],
 )
 def test_two_ranks(crew, whole, method, strategy):
-    die = ("batch", 8) if method != "ppo" else ("update", 22)  # there are six batches an epoch
+    die = ("batch", 8) if method not in ("ppo", "grpo") else ("update", 22)  # there are six batches an epoch
     more = ("--trainer.strategy", strategy)
     folder = killed(crew, method, f"{method}-{strategy}", die, ("validation", 1), more=more, ranks=2)
     assert differences(whole(method, *more, ranks=2), folder) == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BRIEF)
 def test_the_command_line_as_it_is_typed(crew, whole, method, tmp_path):
     """The same, by `python -m rlhf_lightning`, killed while its first checkpoint but one is the last."""
     command = [sys.executable, "-m", "rlhf_lightning", *arguments(method, crew.base, tmp_path / "run")]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from rlhf_lightning.cli import main, without_option
-from tests.resume.runs import ARCHITECTURE, METHODS, Signal, differences
+from tests.resume.runs import ARCHITECTURE, BRIEF, Signal, differences
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,7 +48,7 @@ def test_the_line_that_it_ends_with_is_the_command_that_goes_on(crew, whole, whe
 @pytest.mark.parametrize(
     "where", [("batch", 4), ("batch", 12), ("batch", 13), ("validation", 4), ("epoch end", 1)], ids=str
 )
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BRIEF)
 def test_nothing_is_lost_wherever_it_comes(crew, whole, method, where):
     _, folder = stopped(crew, method, f"{method}-term-{where[0]}-{where[1]}", *where)
     assert crew.go_on(method, folder.name).join() == [0]

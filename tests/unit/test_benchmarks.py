@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, group_losses
 from benchmarks.counters import RowCounter
-from benchmarks.problem import EOS, SIZES, Lengths, Size, Spec, draw_rows, text, tokenizer
+from benchmarks.problem import EOS, KL_COEF, SIZES, Lengths, Size, Spec, draw_rows, odd_share, text, tokenizer
 from benchmarks.table import agreement, disturbed, medians, rate_of, table
 
 ROOT = Path(__file__).parents[2]
@@ -144,6 +144,39 @@ def test_peaks_by_device_name(name, tflops):
         gpu.peak_of("some device", None, None)
 
 
+def group_spec(method):
+    return Spec(method, "tiny", "bare", "32", 1, 1, 1, "/x")
+
+
+def test_methods_that_sample_groups_have_whole_ones():
+    spec = group_spec("grpo")
+    assert (spec.batch_size, spec.shape.group, spec.shape.epochs) == (32, 4, 1)
+    prompts = [row["prompt_ids"] for row in draw_rows(spec.shape, 8)]
+    assert prompts[0] == prompts[3] != prompts[4] == prompts[7]
+    assert odd_share([[3, 4, 5, EOS], [4, 4]]) == [0.75, 0.0]
+
+
+def test_advantages_of_groups_by_hand():
+    scores, kl = torch.tensor([1.0, 2.0, 3.0, 6.0]), torch.tensor([0.0, 0.0, 0.0, 4.0])
+    grpo = group_losses.advantages(group_spec("grpo"), scores, kl)
+    assert grpo.tolist() == pytest.approx([-0.925777, -0.462889, 0, 1.388666], abs=1e-6)
+    rloo = group_losses.advantages(group_spec("rloo"), scores, 0 * kl)
+    assert rloo.tolist() == pytest.approx([-2.666667, -1.333333, 0, 4], abs=1e-6)
+    penalised = group_losses.advantages(group_spec("rloo"), scores, kl) - rloo
+    assert penalised.tolist() == pytest.approx([4 * KL_COEF / 3] * 3 + [-4 * KL_COEF], abs=1e-6)
+
+
+def test_losses_of_groups_by_hand():
+    old, lengths, advantages = torch.zeros(3), torch.tensor([2, 1]), torch.tensor([1.0, -1.0])
+    now = torch.tensor([1.5, 0.5, 0.5]).log()
+    rloo = group_losses.loss(group_spec("rloo"), now, old, now, advantages, lengths)
+    assert float(rloo) == pytest.approx((-0.75 + 0.8) / 2)  # ratios .75 and .5, the second clipped
+    grpo = group_losses.loss(group_spec("grpo"), now, old, now, advantages, lengths)
+    assert float(grpo) == pytest.approx((-(1.2 + 0.5) / 2 + 0.8) / 2)
+    far = group_losses.loss(group_spec("grpo"), now, old, now + 1, advantages, lengths)
+    assert float(far - grpo) == pytest.approx(KL_COEF * (math.e - 2), abs=1e-6)
+
+
 def compare(*arguments):
     command = [sys.executable, "benchmarks/compare.py", *arguments, "--size", "toy", "--rounds", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -180,6 +213,22 @@ def test_our_counters_and_our_first_step(method):
     assert ours["matmul_tokens_per_real_token"] <= 1.05
     assert method == "reward" or ours["head_positions_per_response_token"] == 1
     assert method != "ppo" or ours["decode_row_steps_per_token"] <= 1.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_groups_are_computed_alike_by_all_sides(method):
+    done, lines = compare(method, "--sides", "ours,naive,bare")
+    assert done.returncode == 0, done.stderr
+    ours, naive, bare = lines
+    for key in ("loss", "grad_norm"):
+        assert ours[key] == pytest.approx(naive[key], rel=1e-4)
+        assert bare[key] == pytest.approx(naive[key], rel=1e-5)
+    assert bare["matmul_tokens_per_real_token"] == bare["decode_row_steps_per_token"] == 1
+    assert ours["matmul_tokens_per_real_token"] < 1  # a prompt is read once a group
+    assert ours["head_positions_per_response_token"] == bare["head_positions_per_response_token"] == 1
+    assert ours["decode_row_steps_per_token"] <= 1
+    assert naive["decode_row_steps_per_token"] > 1
 
 
 def test_a_side_that_a_method_lacks_is_named():

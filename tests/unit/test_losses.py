@@ -7,26 +7,10 @@ import pytest
 import torch
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.losses import BradleyTerryLoss, DPOLoss, IPOLoss, PPOLoss
+from rlhf_lightning.losses import BradleyTerryLoss, PPOLoss
 
 W, R = torch.tensor([2.0]), torch.tensor([-1.0])
 MASK = torch.tensor([[True, True, False]])
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings", "expected", "scale"),
-    [
-        (DPOLoss, {}, 0.554355, 0.1),
-        (DPOLoss, {"beta": 0.5}, math.log1p(math.exp(-1.5)), 0.5),
-        (DPOLoss, {"label_smoothing": 0.1}, 0.584355, 0.1),
-        (IPOLoss, {}, 4.0, 0.1),
-        (IPOLoss, {"tau": 0.25}, 1.0, 0.25),
-    ],
-)
-def test_pair_losses_have_the_values_of_their_formulas(kind, settings, expected, scale):
-    loss = kind(**settings)
-    assert loss.pairs(W, R).item() == pytest.approx(expected, abs=2e-6)
-    assert loss.reward_scale == scale
 
 
 def test_bradley_terry_adds_the_scaled_margin_and_the_centring_term():
@@ -61,12 +45,6 @@ def test_ppo_adds_the_value_term_and_takes_the_entropy_off():
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (DPOLoss, {"beta": 0.0}, "beta must be positive, not 0.0"),
-        (DPOLoss, {"beta": -0.1}, "beta must be positive, not -0.1"),
-        (DPOLoss, {"beta": math.nan}, "beta must be positive, not nan"),
-        (DPOLoss, {"label_smoothing": 0.5}, "label_smoothing is a flip probability in [0, 0.5), not 0.5"),
-        (DPOLoss, {"label_smoothing": -0.1}, "label_smoothing is a flip probability in [0, 0.5), not -0.1"),
-        (IPOLoss, {"tau": 0.0}, "tau must be positive, not 0.0"),
         (PPOLoss, {"clip_range": 0.0}, "clip_range is in (0, 1), not 0.0"),
         (PPOLoss, {"clip_range": 1.0}, "clip_range is in (0, 1), not 1.0"),
         (PPOLoss, {"value_clip_range": 0.0}, "value_clip_range must be positive, not 0.0"),
@@ -84,8 +62,6 @@ def test_coefficients_without_a_meaning_are_refused_by_name(kind, settings, mess
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        (DPOLoss, {"beta": 1e-6, "label_smoothing": 0.0}),
-        (DPOLoss, {"label_smoothing": 0.499}),
         (PPOLoss, {"clip_range": 1e-6, "value_clip_range": 1e-6, "value_coef": 0.0, "entropy_coef": 0.0}),
         (PPOLoss, {"clip_range": 0.999}),
         (BradleyTerryLoss, {"centering_coef": 0.0, "margin_scale": 0.0}),

@@ -96,6 +96,27 @@ CASES = [
         "q",
     ),
     (
+        "prm800k",
+        {
+            "question": {"problem": "q"},
+            "label": {
+                "steps": [
+                    {"completions": [{"text": "a", "rating": 1}], "human_completion": None, "chosen_completion": 0}
+                ]
+            },
+        },
+        {"prompt": Q, "completion": A},
+        None,
+        Q,
+    ),
+    (
+        "stepwise-ratings",
+        {"prompt": "q", "completions": ["s", "t"], "ratings": [1, 1]},
+        {"prompt": "q", "completion": "s\nt"},
+        None,
+        "q",
+    ),
+    (
         "stepwise",
         {"prompt": Q, "completions": [A, B], "labels": [1, 1]},
         {"prompt": Q, "completion": [bot("a\nb")]},
@@ -145,6 +166,27 @@ CASES = [
     (
         "swift-preference",
         {"messages": Q + A, "rejected_response": "b"},
+        {"prompt": Q, "completion": A},
+        {"prompt": Q, "chosen": A, "rejected": B},
+        Q,
+    ),
+    (
+        "ranking",
+        {"prompt": "q", "completions": ["b", "a"], "ranks": [2, 1]},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        "q",
+    ),
+    (
+        "ordering",
+        {"prompt": Q, "completions": ["b", "a"], "ranking": [1, 0]},
+        {"prompt": Q, "completion": A},
+        {"prompt": Q, "chosen": A, "rejected": B},
+        Q,
+    ),
+    (
+        "nemo-ranking",
+        {"context": Q, "completions": [{"rank": 1, "completion": B}, {"rank": 0, "completion": A}]},
         {"prompt": Q, "completion": A},
         {"prompt": Q, "chosen": A, "rejected": B},
         Q,

@@ -56,14 +56,36 @@ def rows(*values):
 def test_demonstrations_by_hand(word, row, mask, ids, learnt):
     (tokenized,) = tokenize_demonstrations(rows(row), word, mask=mask)
     expected = [flag == "1" for flag in learnt]
-    assert tokenized == {"input_ids": ids, "response_mask": expected, "length": len(ids), "supervised": sum(expected)}
+    counts = {"length": len(ids), "supervised": sum(expected), "weight": 1, "weighted": sum(expected)}
+    assert tokenized == {"input_ids": ids, "response_mask": expected, **counts}
+
+
+def test_a_row_weighs_what_its_column_says(word):
+    first, second, cut = tokenize_demonstrations(
+        rows(
+            {"prompt": "a", "completion": "b c", "weight": 0.25, "completion_truncated": False},
+            {"prompt": "a", "completion": "b", "weight": None, "completion_truncated": None},
+            {"prompt": "a", "completion": "b c", "weight": 3, "completion_truncated": True},
+        ),
+        word,
+    )
+    assert (first["weight"], first["weighted"], first["input_ids"]) == (0.25, 0.75, [1, 6, 7, 8, 2])
+    assert (second["weight"], second["weighted"]) == (1, 2)
+    assert (cut["weighted"], cut["input_ids"]) == (6, [1, 6, 7, 8])  # sampled, and cut off: it never ended
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), True, "2"])
+def test_a_weight_is_a_positive_number(word, weight):
+    with pytest.raises(UserError, match=r"row 1 of the demonstrations .*'weight'"):
+        tokenize_demonstrations(rows({"prompt": "a", "completion": "b", "weight": weight}), word)
 
 
 def test_preferences_by_hand(word):
     pair = {"prompt": "a", "chosen": "b"}
     pairs = rows({**pair, "rejected": "c d", "margin": 0.5}, {**pair, "rejected": "c", "margin": None})
     first, second = tokenize_preferences(pairs, word)
-    assert first == {"prompt_ids": [1, 6], "chosen_ids": [7, 2], "rejected_ids": [8, 9, 2], "margin": 0.5, "length": 5}
+    ids = {"prompt_ids": [1, 6], "chosen_ids": [7, 2], "rejected_ids": [8, 9, 2]}
+    assert first == {**ids, "margin": 0.5, "chosen_probability": 1.0, "weight": 1.0, "length": 5}
     assert (second["margin"], second["length"]) == (0.0, 4)
     assert str(tokenize_preferences(pairs, word).features["margin"].dtype) == "float32"
 

@@ -31,6 +31,15 @@ def test_demonstrations():
     assert batch.response_mask.dtype == batch.attention_mask.dtype == torch.bool
     assert batch.normalizer.item() == 2.5
     assert batch.normalizer.dtype == torch.float32
+    assert batch.weights is None
+
+
+def test_weights_stand_beside_their_rows_where_not_all_are_one():
+    columns = {"input_ids": [[4, 5], [6, 2]], "response_mask": [[0, 1], [0, 1]]}
+    assert SequenceCollator(PAD)(({**columns, "weight": [1.0, 1.0]}, 2.0)).weights is None
+    weights = SequenceCollator(PAD)(({**columns, "weight": [1.0, 0.25]}, 2.0)).weights
+    assert weights.tolist() == [1, 0.25]
+    assert weights.dtype == torch.float32
 
 
 def test_pairs_stand_chosen_first_and_share_their_prompt():

@@ -4,10 +4,16 @@ import pytest
 import torch
 
 from rlhf_lightning.functional.advantages import gae, whiten
+from rlhf_lightning.functional.groups import rewards_to_go
 from rlhf_lightning.functional.language_model import nll_loss
 from rlhf_lightning.functional.logprobs import sequence_logprobs
 from rlhf_lightning.functional.masked import last_true, masked_sum
-from rlhf_lightning.functional.policy import clipped_policy_loss
+from rlhf_lightning.functional.policy import (
+    cispo_loss,
+    clipped_policy_loss,
+    clipped_sequence_loss,
+    reinforce_loss,
+)
 from rlhf_lightning.functional.rewards import token_rewards
 from rlhf_lightning.functional.value import clipped_value_loss, explained_variance
 
@@ -39,6 +45,7 @@ def test_columns_are_counted_where_the_mask_lies():
         assert last_true(mask).tolist() == [0, 1]
 
 
+BOUNDS = {"clip_low": 0.2, "clip_high": 0.2}
 SCORES = torch.tensor([1.0, -2.0, 0.5])
 FUNCTIONS = {
     "masked_sum": (1, lambda m, x: masked_sum(x, m)),
@@ -50,7 +57,14 @@ FUNCTIONS = {
     "gae advantages": (2, lambda m, r, v: gae(r, v, m, gamma=0.9, gae_lambda=0.8)[0]),
     "gae returns": (2, lambda m, r, v: gae(r, v, m, gamma=0.9, gae_lambda=0.8)[1]),
     "token_rewards": (2, lambda m, p, q: token_rewards(SCORES, p, q, m, kl_coef=0.1)),
-    "clipped_policy_loss": (3, lambda m, p, q, a: clipped_policy_loss(p, q, a, m, clip_range=0.2)[0]),
+    "clipped_policy_loss": (3, lambda m, p, q, a: clipped_policy_loss(p, q, a, m, **BOUNDS, ratio_cap=2.0).loss),
+    "clipped_sequence_loss": (
+        3,
+        lambda m, p, q, a: clipped_sequence_loss(p, q, a, m, **BOUNDS, length_normalised=True).loss,
+    ),
+    "cispo_loss": (2, lambda m, p, a: cispo_loss(p, torch.zeros_like(p), a, m, ratio_cap=5.0).loss),
+    "reinforce_loss": (2, lambda m, p, a: reinforce_loss(p, a, m).loss),
+    "rewards_to_go": (1, lambda m, r: rewards_to_go(r, m)),
     "clipped_value_loss": (3, lambda m, v, o, r: clipped_value_loss(v, o, r, m, clip_range=0.2)[0]),
     "explained_variance": (2, lambda m, v, r: explained_variance(v, r, m)),
 }
@@ -81,7 +95,8 @@ def test_garbage_in_masked_slots_changes_neither_value_nor_gradient(name, garbag
 def test_the_clip_flags_are_false_where_masked():
     far = torch.full((3, 5), 3.0)
     zero = torch.zeros(3, 5)
-    _, clipped = clipped_policy_loss(far, zero, far, RIGHT_PADDED, clip_range=0.2)
-    assert torch.equal(clipped, RIGHT_PADDED)
+    assert torch.equal(clipped_policy_loss(far, zero, far, RIGHT_PADDED, **BOUNDS).high, RIGHT_PADDED)
+    assert torch.equal(clipped_policy_loss(-far, zero, -far, RIGHT_PADDED, **BOUNDS).low, RIGHT_PADDED)
+    assert torch.equal(cispo_loss(far, zero, far, RIGHT_PADDED, ratio_cap=2.0).high, RIGHT_PADDED)
     _, clipped = clipped_value_loss(far, zero, far, RIGHT_PADDED, clip_range=0.2)
     assert torch.equal(clipped, RIGHT_PADDED)

@@ -13,11 +13,10 @@ ALL = torch.ones(1, 1, dtype=torch.bool)
 
 def policy_loss_at(advantage, ratio):
     logprob = torch.tensor([[math.log(ratio) - 2.0]], requires_grad=True)
-    loss, clipped = clipped_policy_loss(
-        logprob, torch.tensor([[-2.0]]), torch.tensor([[advantage]]), ALL, clip_range=0.2
-    )
+    old, advantages = torch.tensor([[-2.0]]), torch.tensor([[advantage]])
+    loss, low, high = clipped_policy_loss(logprob, old, advantages, ALL, clip_low=0.2, clip_high=0.2)
     (gradient,) = torch.autograd.grad(loss.sum(), logprob)
-    return loss.item(), gradient.item(), clipped.item()
+    return loss.item(), gradient.item(), (low | high).item()
 
 
 @pytest.mark.parametrize(
@@ -39,11 +38,12 @@ def test_on_policy_nothing_is_clipped_and_the_gradient_is_minus_the_advantage():
     advantages = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
     mask = torch.arange(5) < torch.tensor([2, 5, 4])[:, None]
     logprobs = (-advantages.abs()).clone().requires_grad_()
-    loss, clipped = clipped_policy_loss(logprobs, logprobs.detach().clone(), advantages, mask, clip_range=0.2)
+    old = logprobs.detach().clone()
+    loss, low, high = clipped_policy_loss(logprobs, old, advantages, mask, clip_low=0.2, clip_high=0.2)
     (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
     torch.testing.assert_close(loss.detach(), -advantages * mask, rtol=0, atol=0)
     torch.testing.assert_close(gradient, -advantages * mask, rtol=0, atol=0)
-    assert not clipped.any()
+    assert not (low | high).any()
 
 
 def value_loss_by_definition(value, old, target, epsilon):

@@ -31,6 +31,15 @@ def test_by_the_plain_functions_at_a_temperature():
     torch.testing.assert_close(scores.mean_logit, logits.mean(1))
 
 
+def test_the_chance_that_two_draws_agree_is_computed_when_asked_for():
+    scores, _ = token_scores(LOGITS, torch.tensor([1, 0]), temperature=1.0, collisions=True)
+    torch.testing.assert_close(scores.collisions, torch.tensor([(1 + 4 + 25) / 64, 1 / 3]).log())
+    warm, _ = token_scores(LOGITS, torch.tensor([1, 0]), temperature=2.0, collisions=True)
+    by_hand = (1 + 2 + 5) / (1 + math.sqrt(2) + math.sqrt(5)) ** 2
+    torch.testing.assert_close(warm.collisions, torch.tensor([by_hand, 1 / 3]).log())
+    assert token_scores(LOGITS, torch.tensor([1, 0]), temperature=1.0)[0].collisions is None
+
+
 def test_half_precision_is_widened_first_and_double_stays():
     logits, tokens = torch.randn(4, 50, generator=torch.Generator().manual_seed(1)) * 3, torch.arange(4)
     half, _ = token_scores(logits.bfloat16(), tokens, temperature=1.0)

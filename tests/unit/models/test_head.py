@@ -62,6 +62,25 @@ def test_the_entropy_has_no_gradient_unless_it_is_asked_for(monkeypatch, rows):
     assert not scores.entropy.requires_grad
 
 
+@pytest.mark.parametrize("rows", [5, 100])
+def test_collisions_come_beside_the_rest_and_change_nothing(monkeypatch, rows):
+    monkeypatch.setitem(head.CHUNK, "cpu", rows * 50)
+    model, (states, tokens) = network(), inputs()
+    states.requires_grad_()
+    plain, asked = (head_scores(model, states, tokens, collisions=wanted) for wanted in (False, True))
+    assert plain.collisions is None
+    torch.testing.assert_close(asked.collisions, torch.softmax(model.lm_head(states), -1).square().sum(-1).log())
+    assert not asked.collisions.requires_grad
+    weights = torch.arange(float(POSITIONS))
+    for scores in (plain, asked):
+        assert torch.equal(scores.logprobs, plain.logprobs)
+    one, other = (
+        torch.autograd.grad((weights * scores.logprobs).sum(), [states, model.lm_head.weight])
+        for scores in (plain, asked)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 @pytest.mark.parametrize("rows", [5, 23])
 def test_equal_weights_make_the_gradient_in_the_forward(monkeypatch, rows):
     monkeypatch.setitem(head.CHUNK, "cpu", rows * 50)

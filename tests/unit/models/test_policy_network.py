@@ -12,7 +12,7 @@ from rlhf_lightning.models.spec import ModelSpec
 
 
 def plain(network, rows, temperature=1.0):
-    """Row by row: log-probability, entropy, greedy and mean logit of every response token, joined over the rows."""
+    """Row by row: log-probability, entropy, greedy, mean logit and collision of every response token, joined over the rows."""
     joined = []
     for row, prompt in zip(rows.tokens, rows.prompts, strict=True):
         ids = torch.tensor([row])
@@ -21,7 +21,8 @@ def plain(network, rows, temperature=1.0):
         log_probs = torch.log_softmax(logits / temperature, -1)
         categorical = torch.distributions.Categorical(logits=logits / temperature)
         chosen = log_probs[torch.arange(len(tokens)), tokens]
-        joined.append((chosen, categorical.entropy(), logits.argmax(-1) == tokens, logits.mean(-1)))
+        collision = categorical.probs.square().sum(-1).log()
+        joined.append((chosen, categorical.entropy(), logits.argmax(-1) == tokens, logits.mean(-1), collision))
     return [torch.cat(parts) for parts in zip(*joined, strict=True)]
 
 
@@ -30,7 +31,7 @@ def plain(network, rows, temperature=1.0):
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_padded_batch_scores_each_row_as_if_alone(causal, rows, side, extra, temperature):
     ids, attention, response = rows.laid_out(side, extra)
-    output = PolicyNetwork(causal)(ids, attention, response, temperature=temperature)
+    output = PolicyNetwork(causal)(ids, attention, response, temperature=temperature, collisions=True)
     with torch.no_grad():
         expected = plain(causal, rows, temperature)
     for field, value in zip(output, expected, strict=True):

@@ -153,7 +153,12 @@ def test_a_checkpoint_holds_what_is_trained_and_restores_it(adapted, base, token
     both = learnt(pair(adapted, critic_spec, tokenizer))
     state = {name: tensor.clone() for name, tensor in both.state_dict().items()}
     trained = {name for name, p in both.named_parameters() if p.requires_grad}
-    assert state.keys() == trained | {"policy.network.base_sha256", "critic.gain", "critic.bias"}
+    assert state.keys() == trained | {
+        "policy.network.base_sha256",
+        "critic.gain",
+        "critic.bias",
+        "critic.temperature",
+    }
 
     other = learnt(pair(adapted, critic_spec, tokenizer), seed=9)
     assert not torch.equal(other(*batch).logprobs, both(*batch).logprobs)

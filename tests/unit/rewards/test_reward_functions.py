@@ -1,12 +1,16 @@
 """Plain functions as rewards: what they are given, what they may give back, and where they are found."""
 
+import asyncio
+import threading
+
 import pytest
 import torch
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.modules.rollout_metrics import part_means
 from rlhf_lightning.rewards.composite import WeightedRewards
 from rlhf_lightning.rewards.function import FunctionReward
-from rlhf_lightning.rewards.reward import Reward, Samples, checked_scores
+from rlhf_lightning.rewards.reward import Reward, Samples, applicable_scores, checked_scores
 
 CHAT = [{"role": "user", "content": "why"}]
 SAMPLES = Samples(
@@ -63,7 +67,7 @@ def test_a_tensor_or_a_tuple_may_come_back():
         (torch.zeros(2, 1), r"shape \(2, 1\) for 2 samples"),
         ([0.0, float("nan")], "nan for 1 of 2 samples.*'no, never'"),
         ([float("inf"), 0.0], "inf for 1 of 2 samples.*'yes'"),
-        ([0.0, None], "not a number"),
+        ([0.0, None], "does not apply to 1 of 2 samples, first to the response 'no, never'"),
         (["good", 0.0], "not a number"),
         ([[1.0], [2.0]], "not a number"),
         (None, "NoneType"),
@@ -154,3 +158,77 @@ def test_what_a_sum_of_rewards_was_made_of_can_be_logged():
     scores = both.score(Samples(["a", "a"], ["bb", "bbbb"], [[1], [1]], [False, False]))
     assert scores.tolist() == [1.0, 2.0]
     assert {name: part.tolist() for name, part in both.parts().items()} == {"long": [2.0, 4.0], "long_1": [2.0, 4.0]}
+
+
+def applies_to(*indices):
+    def rule(prompts):
+        return [float(i + 1) if i in indices else None for i in range(len(prompts))]
+
+    return FunctionReward(rule)
+
+
+def test_what_does_not_apply_adds_nothing_and_is_not_counted():
+    both = WeightedRewards([applies_to(0, 1), applies_to(1)], [1.0, 10.0])
+    scores, applies = applicable_scores(both, SAMPLES)
+    assert (scores.tolist(), applies.tolist()) == ([1.0, 22.0], [True, True])
+    assert checked_scores(both, SAMPLES).tolist() == [1.0, 22.0]
+    means = part_means(both.parts(), lambda x: x, torch.device("cpu"))
+    assert {name: mean.item() for name, mean in means.items()} == {"rewards/rule/mean": 1.5, "rewards/rule_1/mean": 2.0}
+    # Two ranks, on the other of which the second applies to one sample of value 4.
+    other = iter([torch.tensor([3.0, 2.0]), torch.tensor([4.0, 1.0])])
+    means = part_means(both.parts(), lambda x: x + next(other), torch.device("cpu"))
+    assert [mean.item() for mean in means.values()] == [1.5, 3.0]
+
+
+def test_a_sample_to_which_nothing_applies_is_an_error_unless_the_whole_has_a_score_for_it():
+    none_for_the_second = WeightedRewards([applies_to(0), applies_to()])
+    assert none_for_the_second.score(SAMPLES) == [1.0, None]
+    with pytest.raises(
+        UserError, match="WeightedRewards does not apply to 1 of 2 samples, first to the response 'no, never'"
+    ):
+        checked_scores(none_for_the_second, SAMPLES)
+    assert checked_scores(WeightedRewards([none_for_the_second, applies_to(1)]), SAMPLES).tolist() == [1.0, 2.0]
+    means = part_means(none_for_the_second.parts(), lambda x: x, torch.device("cpu"))
+    assert means["rewards/rule_1/mean"].isnan()
+
+
+async def asked_elsewhere(completions, answer):
+    await asyncio.sleep(0.2)
+    return [None if truth == "no" else 1.0 for truth in answer]
+
+
+def test_async_functions_are_awaited_with_an_event_loop_running_and_without():
+    reward = FunctionReward(asked_elsewhere)
+    assert reward.score(SAMPLES) == [1.0, None]
+
+    async def in_a_notebook():
+        return reward.score(SAMPLES)
+
+    assert asyncio.run(in_a_notebook()) == [1.0, None]
+
+
+def test_rewards_that_wait_are_scored_at_the_same_time_and_the_others_in_this_thread():
+    together = threading.Barrier(2, timeout=20)
+
+    async def waits(prompts):
+        together.wait()  # passed only if both are under way
+        return [1.0] * len(prompts)
+
+    threads = []
+
+    def stays(prompts):
+        threads.append(threading.current_thread())
+        return [5.0] * len(prompts)
+
+    both = WeightedRewards([FunctionReward(waits), FunctionReward(stays), FunctionReward(waits)], [1.0, 1.0, 10.0])
+    assert both.score(SAMPLES).tolist() == [16.0, 16.0]
+    assert [part.tolist()[0] for part in both.parts().values()] == [1.0, 5.0, 1.0]
+    assert threads == [threading.current_thread()]
+
+
+def test_an_error_of_a_reward_that_waits_is_not_lost():
+    async def breaks(prompts):
+        raise UserError("the judge is asleep")
+
+    with pytest.raises(UserError, match="asleep"):
+        WeightedRewards([Constant(1.0), FunctionReward(breaks)]).score(SAMPLES)

@@ -30,6 +30,8 @@ def rollout():
         torch.arange(N) % 2 == 0,
         *per_token[:4],
         100.0 * torch.arange(N),
+        torch.arange(N),
+        torch.zeros(N),
         *per_token[4:],
     )
 

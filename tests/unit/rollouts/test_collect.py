@@ -12,6 +12,7 @@ from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.models.policy import PolicyNetwork
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.rewards.function import FunctionReward
+from rlhf_lightning.rewards.reward import checked_scores
 from rlhf_lightning.rollouts.collect import generate_responses, score_responses
 
 
@@ -83,7 +84,8 @@ def reward():
 def scored(responses, networks, reference, *, temperature=0.8, micro_batch_size=4):
     model = ActorCritic(PolicyNetwork(networks[0]), ScalarModel(networks[2]))
     arguments = {"temperature": temperature, "micro_batch_size": micro_batch_size}
-    return model, score_responses(responses, model, Frozen(PolicyNetwork(reference)), reward(), **arguments)
+    scores = checked_scores(reward(), responses.samples)
+    return model, score_responses(responses, model, Frozen(PolicyNetwork(reference)), scores, **arguments)
 
 
 @torch.no_grad()
@@ -134,8 +136,7 @@ def test_a_reference_equal_to_the_policy_is_at_a_kl_of_exactly_zero(sampled, net
     assert not torch.equal(other.logprobs, other.ref_logprobs)
 
 
-def test_a_reward_that_gives_nan_is_refused(sampled, networks):
-    model = ActorCritic(PolicyNetwork(networks[0]), None)
+def test_a_reward_that_gives_nan_is_refused(sampled):
     bad = FunctionReward(lambda prompts: [float("nan")] * 4)
     with pytest.raises(UserError, match="nan for 4 of 4"):
-        score_responses(sampled, model, Frozen(PolicyNetwork(networks[1])), bad, temperature=1.0, micro_batch_size=4)
+        checked_scores(bad, sampled.samples)

@@ -20,8 +20,9 @@ def rollout():
     logprobs, ref, values = (torch.randn(3, 4, generator=generator) * MASK for _ in range(3))
     ids = torch.zeros(3, 6, dtype=torch.long)
     sequence = torch.cat([torch.zeros(3, 2, dtype=torch.bool), MASK], dim=1)
-    zeros = torch.zeros(3, 4)
-    return Rollout(ids, sequence, sequence, MASK, TRUNCATED, logprobs, ref, zeros, values, SCORES, zeros, zeros)
+    zeros, groups = torch.zeros(3, 4), torch.arange(3)
+    before = (ids, sequence, sequence, MASK, TRUNCATED, logprobs, ref, zeros, values)
+    return Rollout(*before, SCORES, groups, torch.zeros(3), zeros, zeros)
 
 
 def by_definition(rollout, scores, *, kl_coef, gae_lambda):

@@ -1,0 +1,118 @@
+"""The data of reward models that learn from rankings of several answers to one prompt."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from datasets import Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.batches import RankingBatch
+from rlhf_lightning.data.chat import Piece
+from rlhf_lightning.data.collate import pad_right
+from rlhf_lightning.data.encoding import Encoder
+from rlhf_lightning.data.limits import LARGEST, Limit
+from rlhf_lightning.data.module import RowsDataModule
+from rlhf_lightning.data.rows import Row, read_weight
+from rlhf_lightning.data.sources import Source
+from rlhf_lightning.data.splits import Split
+from rlhf_lightning.data.tokenization import IDS, Tokenization, tools_of
+
+
+class RankingDataModule(RowsDataModule):
+    """Rankings, as :class:`rlhf_lightning.batches.RankingBatch`; pairs are rankings of two."""
+
+    kind = "rankings"
+
+    def __init__(
+        self,
+        source: Source | str,
+        tokenizer: str | None = None,
+        batch_size: int = 8,
+        max_length: int = 1024,
+        format: str | None = None,
+        split: Split = Split(),  # noqa: B008  (frozen)
+        num_workers: int = 0,
+        seed: int = 0,
+        bucket_batches: int = 8,
+    ) -> None:
+        """Remember what to load; arguments as in :class:`.demonstrations.DemonstrationDataModule`.
+
+        ``batch_size`` counts prompts, with all their completions. Completions longer than ``max_length`` are left out of their
+        ranking, and rankings of which no order is left are dropped; both are counted aloud.
+        """
+        super().__init__(source, tokenizer, batch_size, format, split, num_workers, seed, bucket_batches)
+        self.max_length = max_length
+
+    def tokenization(self) -> Callable[[], Tokenization]:
+        return partial(rankings, self.tokenizer, self.max_length)
+
+    def collator(self) -> "RankingCollator":
+        return RankingCollator(self.tokenizer.pad_token_id)
+
+
+def rankings(tokenizer: PreTrainedTokenizerBase, max_length: int = 1024) -> Tokenization:
+    """Of rankings: ``prompt_ids``, the ``completion_ids`` one behind the other, their ``completion_lengths`` and ``ranks``,
+    ``weight``, and ``length`` of the longest. ``overlong`` completions are not among them; ``places`` are distinct ranks.
+    """
+    encoder = Encoder(tokenizer)
+
+    def plan(row: Row) -> list[Piece]:
+        return encoder.pair_pieces(row["prompt"], row["completions"], tools_of(row))
+
+    def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
+        first = len(ids) - len(row["completions"])
+        prompt = encoder.join_prompt(ids[:first])
+        both = zip(map(encoder.end, ids[first:]), row["ranks"], strict=True)
+        kept = [(answer, rank) for answer, rank in both if len(prompt) + len(answer) <= max_length]
+        lengths = [len(answer) for answer, _ in kept]
+        return {
+            "prompt_ids": prompt,
+            "completion_ids": [token for answer, _ in kept for token in answer],
+            "completion_lengths": lengths,
+            "ranks": [rank for _, rank in kept],
+            "weight": read_weight(row),
+            "length": len(prompt) + max(lengths, default=0),
+            "overlong": len(row["ranks"]) - len(kept),
+            "places": len({rank for _, rank in kept}),
+        }
+
+    lists = {"prompt_ids": IDS, "completion_ids": IDS, "completion_lengths": IDS, "ranks": List(Value("float32"))}
+    numbers = {name: Value("int32") for name in ("length", "overlong", "places")}
+    limits = (
+        Limit("places", 2, LARGEST, "drop", f"rankings without an order among completions up to {max_length} tokens"),
+        Limit("overlong", 0, 0, "cut", f"rankings: they lose completions longer than {max_length} tokens (max_length)"),
+    )
+    features = Features({**lists, "weight": Value("float32"), **numbers})
+    return Tokenization("rankings", encoder, plan, join, features, limits, {"max_length": max_length})
+
+
+@dataclass(frozen=True)
+class RankingCollator:
+    """Rankings: what :func:`rankings` makes of each row."""
+
+    pad_id: int
+
+    def __call__(self, planned: tuple[dict[str, list[Any]], float]) -> RankingBatch:
+        columns, normalizer = planned
+        counts = [len(lengths) for lengths in columns["completion_lengths"]]
+        prompts = [ids for ids, count in zip(columns["prompt_ids"], counts, strict=True) for _ in range(count)]
+        answers = [
+            ids[start:stop]
+            for ids, lengths in zip(columns["completion_ids"], columns["completion_lengths"], strict=True)
+            for start, stop in pairwise(accumulate(lengths, initial=0))
+        ]
+        ids, attention = pad_right([p + a for p, a in zip(prompts, answers, strict=True)], self.pad_id)
+        starts = torch.tensor([len(prompt) for prompt in prompts])[:, None]
+        return RankingBatch(
+            input_ids=ids,
+            attention_mask=attention,
+            response_mask=attention & (torch.arange(ids.shape[1]) >= starts),
+            ranks=torch.tensor([rank for ranks in columns["ranks"] for rank in ranks], dtype=torch.float32),
+            prompt=torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)),
+            weight=torch.tensor(columns["weight"], dtype=torch.float32),
+            normalizer=torch.tensor(normalizer, dtype=torch.float32),
+        )

@@ -1,0 +1,134 @@
+"""What the methods that sample share, as functions of the module: PPO, GRPO and its relatives, online DPO."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.generation.engine import SamplingParameters
+from rlhf_lightning.models.sharding import gathered
+from rlhf_lightning.modules.optimization import whole
+from rlhf_lightning.modules.rollout_metrics import evaluation_counts
+from rlhf_lightning.rewards.reward import Reward, checked_scores
+from rlhf_lightning.rollouts.collect import Responses, generate_responses
+
+
+def check_sampling(sampling: SamplingParameters) -> None:
+    """Make sure that what is learnt from is drawn from the policy itself.
+
+    Raises:
+        UserError: If it is not.
+    """
+    if not sampling.samples_the_policy:
+        raise UserError(
+            "learning from samples needs the log-probabilities of the distribution that was sampled: "
+            "temperature > 0, top_p 1, top_k 0"
+        )
+
+
+def begin(module: Any) -> None:
+    """At the start of a training: ranks draw different responses.
+
+    Raises:
+        UserError: In float16, whose scaled gradients a module can't clip itself.
+    """
+    if str(module.trainer.precision).startswith("16"):
+        raise UserError(
+            f"{type(module).__name__} clips its own gradients and can't unscale float16 ones; "
+            "use precision bf16-mixed or 32-true"
+        )
+    if module.trainer.world_size > 1:
+        torch.manual_seed(torch.initial_seed() + module.global_rank)
+
+
+def respond(
+    module: Any, root: nn.Module, network: PreTrainedModel, batch: PromptBatch, sampling: SamplingParameters
+) -> Responses:
+    """Draw a response to every prompt of the batch with the module's engine.
+
+    Args:
+        module: Has ``engine`` and ``tokenizer``.
+        root: What FSDP2 has sharded with the network in it; it is gathered once.
+        network: The policy.
+        batch: Prompts.
+        sampling: How to draw.
+    """
+    with gathered(root):
+        module.engine.take_weights(network, module.tokenizer, version=module.global_step)
+        responses = generate_responses(batch, network, module.tokenizer, module.engine, sampling)
+        module.engine.rest()
+    return responses
+
+
+def scores_of(reward: Reward, responses: Responses) -> Tensor:
+    """The reward's verdict on responses, checked. Shape (batch,), float32."""
+    with gathered(*reward.networks()):
+        return checked_scores(reward, responses.samples)
+
+
+def clipped_step(module: Any, max_grad_norm: float) -> None:
+    """Hold the gradients that stand against the guard, clip them, step; the norm before clipping is counted."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    module.guard.check(module, whole(norm))
+    torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_grad_norm, norm)
+    module.update_means.update({"grad_norm": (whole(norm), 1)})
+    module.optimizers().step()
+
+
+def answer_fixed_prompts(module: Any, batch: PromptBatch, number: int) -> None:
+    """A validation: answer greedily, and sampled from a fixed seed: the training's random numbers are not touched.
+
+    Args:
+        module: Has ``sampling``, ``scorer``, ``eval_means``, and makes rollouts of responses.
+        batch: Prompts.
+        number: Of the batch, which is the seed.
+    """
+    modes = {"sampled": module.sampling, "greedy": replace(module.sampling, temperature=0)}
+    with torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []):
+        torch.manual_seed(number)
+        for mode, sampling in modes.items():
+            responses = module._generate(batch, sampling)
+            rollout = module._score(responses, scores_of(module.scorer, responses))
+            log_ratio = rollout.logprobs - rollout.ref_logprobs
+            module.eval_means.update(evaluation_counts(mode, responses, rollout.scores, log_ratio))
+
+
+def iterations(module: Any, steps: int) -> int:
+    """How many iterations a run will have, for its schedule: the smaller of what steps and epochs allow.
+
+    Args:
+        module: In training.
+        steps: Of the optimizer in an iteration.
+    """
+    limits = [module.trainer.estimated_stepping_batches]
+    if module.trainer.max_steps > 0:
+        limits.append(module.trainer.max_steps // steps)
+    return max(int(min(limits)), 1)
+
+
+def prompts_a_batch(module: Any) -> int:
+    """As the data module has them; 1 without one."""
+    datamodule: Any = getattr(module.trainer, "datamodule", None)
+    return datamodule.batch_size if datamodule is not None else 1
+
+
+def fewest(module: Any, size: int, rows: int) -> int:
+    """How many batches of ``size`` the rank with the fewest rows has: all ranks must step equally often, or they hang."""
+    return least(module, math.ceil(rows / size))
+
+
+def least(module: Any, number: int) -> int:
+    """The smallest of the ranks' numbers."""
+    if module.trainer.world_size == 1:
+        return number
+    return int(module.trainer.strategy.reduce(torch.tensor(number, device=module.device), reduce_op="min"))
+
+
+def all_sum(module: Any, x: Tensor) -> Tensor:
+    """Sum over ranks."""
+    return module.trainer.strategy.reduce(x.clone(), reduce_op="sum") if module.trainer.world_size > 1 else x

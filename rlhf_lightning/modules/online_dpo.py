@@ -1,0 +1,319 @@
+"""Online DPO: pairs drawn from the policy as it is now, ranked by a reward or a judge, learnt from by any pair loss."""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.functional.groups import without_signal
+from rlhf_lightning.functional.masked import masked_sum
+from rlhf_lightning.generation.engine import SamplingParameters
+from rlhf_lightning.generation.native import engine_for
+from rlhf_lightning.losses import DPOLoss, PairLoss
+from rlhf_lightning.losses.pairs import Needs, Pairs, ScoredResponses
+from rlhf_lightning.models.actor_critic import ActorCriticOutput
+from rlhf_lightning.models.frozen import Frozen, policy_as_it_starts
+from rlhf_lightning.models.loading import load_causal_lm
+from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
+from rlhf_lightning.models.sharding import wake
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.modules.grpo_update import Groups, GRPOUpdate
+from rlhf_lightning.modules.guard import StepGuard
+from rlhf_lightning.modules.handoff import check_context, shard_if_asked, sharing_if_asked, training_tokenizer
+from rlhf_lightning.modules.metrics import Means, log_evaluation, log_training
+from rlhf_lightning.modules.online import (
+    all_sum,
+    answer_fixed_prompts,
+    begin,
+    check_sampling,
+    clipped_step,
+    fewest,
+    iterations,
+    prompts_a_batch,
+    respond,
+    scores_of,
+)
+from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, trained_parameters
+from rlhf_lightning.modules.ranks import of_this_rank, over_ranks
+from rlhf_lightning.modules.rollout_metrics import EVALUATION, part_means, rollout_means
+from rlhf_lightning.modules.showing import Sample, as_samples
+from rlhf_lightning.rewards.failures import GuardedReward, IterationSkipped
+from rlhf_lightning.rewards.reward import Reward
+from rlhf_lightning.rollouts.buffer import Rollout
+from rlhf_lightning.rollouts.collect import Responses, score_responses
+from rlhf_lightning.rollouts.groups import repeated
+
+NAMES = (
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+    "objective/scores_margin", "grad_norm",
+)  # fmt: skip
+
+
+class OnlineDPOModule(LightningModule):
+    """One ``training_step`` is one iteration: draw groups, pair the best with the worst, take a step on the pairs.
+
+    Source: Guo et al. 2024 (https://arxiv.org/abs/2402.04792).
+    """
+
+    def __init__(
+        self,
+        policy: ModelSpec,
+        reward: Reward,
+        loss: PairLoss = DPOLoss(),  # noqa: B008  (frozen)
+        groups: Groups = Groups(size=2),  # noqa: B008  (frozen)
+        sampling: SamplingParameters = SamplingParameters(),  # noqa: B008  (frozen)
+        update: GRPOUpdate = GRPOUpdate(),  # noqa: B008  (frozen)
+        optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-6),
+        schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
+    ) -> None:
+        """Remember what to build; networks are built in ``configure_model``.
+
+        Args:
+            policy: The model to align; as it starts it is also the reference.
+            reward: Ranks the responses of a group; a judge does so as a ``WinRateReward``. Whatever it says, a response that
+                was cut off ranks below all that ended.
+            loss: On a pair of responses.
+            groups: How many responses to a prompt are drawn; the best and the worst make its pair. Groups that tie make none.
+            sampling: How responses are drawn, in training and in validation.
+            update: Epochs; ``minibatch_size`` and ``micro_batch_size`` count responses, two a pair.
+            optimizer: Makes the optimizer.
+            schedule: Of the learning rate, in iterations.
+        """
+        super().__init__()
+        self.automatic_optimization = False
+        check_sampling(sampling)
+        check_pairs(loss, groups, update)
+        self.policy_spec, self.reward, self.loss, self.groups = policy, reward, loss, groups
+        self.sampling, self.update, self.optimizer_factory, self.schedule = sampling, update, optimizer, schedule
+        self.all_sum = partial(all_sum, self)
+        self.scorer, self.guard = GuardedReward(reward, update.reward_failures, self.all_sum), StepGuard()
+        self.engine = engine_for(sampling)
+        self.model_path = policy.path
+        self.policy: PolicyNetwork | None = None
+        self.reference: Frozen | None = None
+        self.iteration = self.episodes = 0
+        self.order = torch.Generator().manual_seed(torch.initial_seed())
+        self.update_means, self.eval_means = Means(NAMES), Means(EVALUATION)
+        self.last_rollout: tuple[Responses, Tensor] | None = None
+
+    def configure_model(self) -> None:
+        """Load the policy, and its reference where the loss compares with one, once."""
+        if self.policy is not None:
+            return
+        self.tokenizer = training_tokenizer(self, self.policy_spec.path)
+        self.policy = PolicyNetwork(load_causal_lm(self.policy_spec, self.tokenizer))
+        if self.loss.needs_reference:
+            self.reference = policy_as_it_starts(self.policy, self.policy_spec, self.tokenizer, self.policy)
+        check_context(self, self.policy.network, self.sampling.max_new_tokens)
+        shard_if_asked(self, self.policy)
+        if self.reference is not None:
+            shard_if_asked(self, self.reference.own_network)
+
+    def on_fit_start(self) -> None:
+        begin(self)
+        self._place()
+
+    def _place(self) -> None:
+        assert self.policy is not None
+        wake(self.policy, self.device)
+        if self.reference is not None:
+            self.reference.to(self.device)
+        with sharing_if_asked(self):
+            self.scorer.prepare(self.device)
+
+    def on_validation_start(self) -> None:
+        if not self.trainer.training and not self.trainer.sanity_checking:
+            self._place()
+
+    on_test_start = on_predict_start = on_validation_start
+
+    # ---------------------------------------------------------------- one iteration
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        try:
+            rollout = self._collect(batch)
+        except IterationSkipped:
+            log_training(self, self.scorer.metrics(), progress=())
+            return
+        self._learn(self._paired(rollout))
+        self._finish(rollout)
+
+    def _collect(self, batch: PromptBatch) -> Rollout:
+        responses = self._generate(repeated(batch, self.groups.size), self.sampling)
+        scores = scores_of(self.scorer.during(self.iteration + 1), responses)
+        self.last_rollout = responses, scores
+        return self._score(responses, scores)
+
+    def _generate(self, batch: PromptBatch, sampling: SamplingParameters) -> Responses:
+        assert self.policy is not None
+        return respond(self, self.policy, self.policy.network, batch, sampling)
+
+    def _score(self, responses: Responses, scores: Tensor) -> Rollout:
+        return score_responses(
+            responses,
+            self._known,
+            self.reference,
+            scores,
+            temperature=self.sampling.temperature,
+            micro_batch_size=self.update.micro_batch_size,
+            most=fewest(self, self.update.micro_batch_size, len(responses.truncated)),
+            keep_logprobs=self.engine.same_numbers,
+            group_size=self.groups.size,
+        )
+
+    def _known(
+        self, ids: Tensor, attention: Tensor, mask: Tensor, *, temperature: float, values_only: bool
+    ) -> ActorCriticOutput:
+        """The policy on a rollout's rows; there is no critic whose values would be wanted."""
+        zeros = torch.zeros(mask[:, 1:].shape, dtype=torch.float32, device=mask.device)
+        if values_only:
+            return ActorCriticOutput(zeros, zeros, zeros)
+        output = self._scored(ids, attention, mask)
+        return ActorCriticOutput(output.logprobs, output.entropy, zeros)
+
+    def _scored(self, ids: Tensor, attention: Tensor, mask: Tensor) -> PolicyOutput:
+        assert self.policy is not None
+        return self.policy(ids, attention, mask, temperature=self.sampling.temperature, share_prompts=True)
+
+    def _paired(self, rollout: Rollout) -> Rollout:
+        """The best response of each group, then its worst; the advantage of a pair that teaches is 1, that of a tie 0."""
+        ranks = torch.where(rollout.truncated, -torch.inf, rollout.scores).view(-1, self.groups.size)
+        first = torch.arange(len(ranks), device=ranks.device) * self.groups.size
+        rows = torch.stack([first + ranks.argmax(1), first + ranks.argmin(1)], dim=1).flatten()
+        differ = (ranks.amax(1) > ranks.amin(1)).float().repeat_interleave(2)
+        pairs = rollout.rows(rows)
+        return pairs.with_advantages(differ[:, None].expand(pairs.response_mask.shape), pairs.returns)
+
+    # ---------------------------------------------------------------- the update
+
+    def _learn(self, pairs: Rollout) -> None:
+        """Epochs of minibatches."""
+        for _ in range(self.update.epochs):
+            most = fewest(self, self.update.minibatch_size, len(pairs))
+            for minibatch in pairs.minibatches(self.update.minibatch_size, self.order, most, together=2):
+                self._step(minibatch)
+
+    def _step(self, minibatch: Rollout) -> None:
+        """One optimizer step on the mean over the pairs that teach, all ranks together; none where all tie."""
+        self.optimizers().zero_grad()  # type: ignore[union-attr]
+        teaching = self.all_sum(minibatch.advantages[::2, 0].sum())
+        most = fewest(self, self.update.micro_batch_size, len(minibatch))
+        for micro in minibatch.micro_batches(self.update.micro_batch_size, most):
+            loss = self._micro_loss(micro) / teaching.clamp(min=1)
+            # DDP averages gradients over ranks: times the world size makes it a sum, over all ranks' pairs.
+            self.manual_backward(self.guard.saw(micro, loss * self.trainer.world_size))
+        clipped_step(self, self.update.max_grad_norm)
+
+    def _micro_loss(self, rows: Rollout) -> Tensor:
+        """Loss summed over the pairs that teach."""
+        width, twins = rows.response_mask.shape[1], torch.arange(len(rows)).view(-1, 2).T.flatten()
+        logprobs = self._scored(rows.input_ids, rows.attention_mask, rows.sequence_mask).logprobs[:, -width:]
+        reference = rows.ref_logprobs if self.loss.needs_reference else None
+        responses = ScoredResponses(logprobs, rows.response_mask, reference)
+        pairs, teaches = Pairs(responses).rows(twins.to(logprobs.device)), rows.advantages[::2, 0]
+        loss, implied = self.loss.pairs(pairs), self.loss.rewards(pairs.responses).detach()
+        (chosen, rejected), (chosen_logps, rejected_logps) = implied.chunk(2), pairs.logps
+        of_pairs = {
+            "loss": loss,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": (chosen > rejected).float(),
+            "logps/chosen": chosen_logps,
+            "logps/rejected": rejected_logps,
+            "objective/scores_margin": rows.scores[::2] - rows.scores[1::2],
+        }
+        count = teaches.sum()
+        self.update_means.update({name: ((teaches * x).sum(), count) for name, x in of_pairs.items()})
+        return (teaches * loss).sum()
+
+    def _finish(self, rollout: Rollout) -> None:
+        """Schedules, counters and the log."""
+        scheduler: Any = self.lr_schedulers()
+        means = rollout_means(rollout, self.loss.reward_scale if self.loss.needs_reference else 0.0, self.all_sum)
+        means["val/contain_eos_token"] = means.pop("val/num_eos_tokens")
+        tied = without_signal(rollout.scores, rollout.groups).float()
+        rows = self.all_sum(torch.tensor(float(len(rollout)), dtype=torch.float32, device=self.device))
+        means["frac_reward_zero_std"] = self.all_sum(masked_sum(tied, torch.ones_like(tied).bool())) / rows
+        means |= part_means(self.reward.parts(), self.all_sum, self.device)
+        self.iteration += 1
+        self.episodes += int(means.pop("episodes"))
+        log_training(
+            self,
+            {
+                **means,
+                **self.update_means.drain(),
+                **self.scorer.metrics(),
+                "lr": scheduler.get_last_lr()[0],
+                "episode": self.episodes,
+                "iteration": self.iteration,
+            },
+            progress=("objective/scores", "objective/kl", "rewards/margins"),
+        )
+        scheduler.step()
+
+    def show(self, batch: PromptBatch, count: int) -> list[Sample]:
+        """Responses of the last iteration with their rewards."""
+        return as_samples(*self.last_rollout, count) if self.last_rollout else []
+
+    # ---------------------------------------------------------------- validation
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Sample]:
+        responses = self._generate(batch, self.sampling)
+        return as_samples(responses, scores_of(self.scorer, responses), len(batch.prompts))
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        answer_fixed_prompts(self, batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        log_evaluation(self, self.eval_means)
+
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
+
+    # ---------------------------------------------------------------- optimizer and state
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_factory(trained_parameters(self))
+        steps = self.update.epochs * math.ceil(2 * prompts_a_batch(self) / self.update.minibatch_size)
+        return [optimizer], [self.schedule.attach(optimizer, iterations(self, steps))]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["online_dpo"] = {
+            "iteration": self.iteration,
+            "episodes": self.episodes,
+            "order": over_ranks(self.trainer, self.order.get_state()),
+            "reward": self.scorer.state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["online_dpo"]
+        self.iteration, self.episodes = state["iteration"], state["episodes"]
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.order.set_state(of_this_rank(self.trainer, state["order"]))
+        self.scorer.load_state(state["reward"])
+
+
+def check_pairs(loss: PairLoss, groups: Groups, update: GRPOUpdate) -> None:
+    """Make sure that there are pairs, and that the loss can be given what it needs.
+
+    Raises:
+        UserError: If not; names the key.
+    """
+    if groups.size < 2:
+        raise UserError(f"groups.size {groups.size} makes no pair; set it to 2 or more")
+    if groups.prompts is not None or groups.mask_truncated:
+        raise UserError("groups.prompts and groups.mask_truncated are GRPO's; leave them out for online DPO")
+    if update.minibatch_size % 2 or update.micro_batch_size % 2:
+        raise UserError("update.minibatch_size and update.micro_batch_size count responses, two a pair: make them even")
+    if update.target_kl is not None:
+        raise UserError("update.target_kl stops passes of GRPO; leave it out for online DPO")
+    if (Needs.WHOLE_STEP | Needs.COLLISIONS) & loss.needs:
+        raise UserError(
+            f"{type(loss).__name__} has no online form here: it reads more than log-probabilities of a pair"
+        )

@@ -1,0 +1,111 @@
+"""What a batch of comparisons says about scores, whichever kind it is: pairs, rankings, or single labelled responses."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.batches import PreferenceBatch, RankingBatch, UnpairedBatch
+from rlhf_lightning.functional.listwise import kendall_tau, ordered_pairs, pair_shares
+from rlhf_lightning.functional.ranking import preference_accuracy
+from rlhf_lightning.losses import LabelledLoss, ListLoss, RankingLoss
+
+RewardBatch = PreferenceBatch | RankingBatch | UnpairedBatch
+RewardLoss = RankingLoss | ListLoss | LabelledLoss
+Counted = dict[str, tuple[Tensor, Tensor | int]]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which scores of a batch are compared.
+
+    Attributes:
+        better: Places of the better responses. Shape (pairs,), int64.
+        worse: Of the worse ones. Same shape.
+        share: What each pair counts in the sum of losses. Same shape, or scalar.
+        margin: By how much the better should lead. Same shape, or scalar.
+        probability: That the better is the better; None for 1. Same shape.
+    """
+
+    better: Tensor
+    worse: Tensor
+    share: Tensor
+    margin: Tensor
+    probability: Tensor | None = None
+
+
+def compared(batch: PreferenceBatch | RankingBatch) -> Pairs:
+    """Every pair of a batch: of rankings all that are told apart, whose loss is their mean for each prompt."""
+    if isinstance(batch, PreferenceBatch):
+        places = torch.arange(len(batch.input_ids), device=batch.margin.device)
+        share = batch.margin.new_ones(()) if batch.weight is None else batch.weight
+        better, worse = places.chunk(2)
+        return Pairs(better, worse, share, batch.margin, batch.probability)
+    better, worse = ordered_pairs(batch.ranks, batch.prompt)
+    prompt = batch.prompt[better]
+    return Pairs(better, worse, pair_shares(prompt) * batch.weight[prompt], batch.ranks.new_zeros(()))
+
+
+def summed_loss(loss: RewardLoss, batch: RewardBatch, scores: Tensor) -> Tensor:
+    """The loss of one member's scores, summed over pairs, prompts or responses. Scores of shape (responses,); scalar."""
+    if isinstance(batch, UnpairedBatch):
+        assert isinstance(loss, LabelledLoss)
+        return loss.outcomes(scores, batch.label).sum()
+    if isinstance(loss, ListLoss):
+        assert isinstance(batch, RankingBatch)
+        return (batch.weight * loss.lists(scores, batch.ranks, batch.prompt, len(batch.weight))).sum()
+    assert isinstance(loss, RankingLoss)
+    pairs = compared(batch)
+    chosen, rejected = scores[pairs.better], scores[pairs.worse]
+    return (pairs.share * loss.pairs(chosen, rejected, pairs.margin, pairs.probability)).sum()
+
+
+def size(batch: RewardBatch) -> int:
+    """How many pairs, prompts or responses the loss is a mean over."""
+    if isinstance(batch, PreferenceBatch):
+        return len(batch.margin)
+    return len(batch.weight) if isinstance(batch, RankingBatch) else len(batch.label)
+
+
+def differences(batch: RewardBatch, scores: Tensor) -> Tensor:
+    """By how much the better response leads, for every pair that is told apart; of single responses, by how much a right
+    one is above zero, or a wrong one below. Scores of shape (responses,); shape (pairs,).
+    """
+    if isinstance(batch, UnpairedBatch):
+        return torch.where(batch.label, scores, -scores)
+    pairs = compared(batch)
+    lead = scores[pairs.better] - scores[pairs.worse]
+    if pairs.probability is None:
+        return lead
+    told = pairs.probability != 0.5
+    return torch.where(pairs.probability < 0.5, -lead, lead)[told]
+
+
+def diagnostics(batch: RewardBatch, scores: Tensor) -> Counted:
+    """What is counted of one member's scores, by TRL's names. Scores of shape (responses,)."""
+    lead = differences(batch, scores)
+    found: Counted = {
+        "accuracy": (preference_accuracy(lead, torch.zeros_like(lead)).sum(), len(lead)),
+        "margin": (lead.sum(), len(lead)),
+        "min_reward": (scores.min(), 1),
+        "mean_reward": (scores.sum(), len(scores)),
+        "max_reward": (scores.max(), 1),
+    }
+    if isinstance(batch, RankingBatch):
+        prompts = len(batch.weight)
+        found["kendall_tau"] = (kendall_tau(scores, batch.ranks, batch.prompt, prompts=prompts).sum(), prompts)
+    return found
+
+
+def shown(batch: RewardBatch, count: int) -> list[tuple[int, str]]:
+    """Places of the responses to the first ``count`` prompts, and what people said of each."""
+    if isinstance(batch, PreferenceBatch):
+        pairs = len(batch.margin)
+        return [
+            (place, name)
+            for row in range(min(count, pairs))
+            for place, name in ((row, "chosen"), (row + pairs, "rejected"))
+        ]
+    if isinstance(batch, RankingBatch):
+        return [(row, f"rank {rank:g}") for row, rank in enumerate(batch.ranks[batch.prompt < count].tolist())]
+    return [(row, "right" if label else "wrong") for row, label in enumerate(batch.label[:count].tolist())]
