@@ -120,9 +120,11 @@ class PromptBatch(NamedTuple):
         attention_mask: True on real tokens. Shape (batch, prompt_length), bool.
         prompts: The prompts as given: text, or a list of messages each. Length batch.
         columns: Every other column of the dataset, for reward functions. Each a list of length batch.
+        pretraining: Rows of text to learn beside them; None where there are none.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     prompts: list[Any]
     columns: dict[str, list[Any]]
+    pretraining: SequenceBatch | None = None

@@ -39,6 +39,7 @@ from rlhf_lightning.data import message_trees  # noqa: F401
 from rlhf_lightning.data.corrupted_steps import CorruptedSteps  # noqa: F401
 from rlhf_lightning.data.demonstrations import DemonstrationDataModule  # noqa: F401
 from rlhf_lightning.data.preferences import PreferenceDataModule  # noqa: F401
+from rlhf_lightning.data.pretraining import PretrainingMixDataModule  # noqa: F401
 from rlhf_lightning.data.prompts import PromptDataModule  # noqa: F401
 from rlhf_lightning.data.rankings import RankingDataModule  # noqa: F401
 from rlhf_lightning.data.stepwise import StepwiseDataModule  # noqa: F401

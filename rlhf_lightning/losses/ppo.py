@@ -16,6 +16,7 @@ class PPOLoss:
     """PPO's three terms: clipped surrogate, ``value_coef`` times the value loss, minus ``entropy_coef`` times entropy.
 
     ``dual_clip`` bounds what a token with a negative advantage can do: its ratio counts as this at most. None for no bound.
+    ``ptx_coef`` weighs the likelihood of the text that a ``PretrainingMixDataModule`` brings along (PPO-ptx).
     """
 
     clip_range: float = 0.2
@@ -23,6 +24,7 @@ class PPOLoss:
     value_clip_range: float = 0.2
     value_coef: float = 0.1
     entropy_coef: float = 0.0
+    ptx_coef: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse coefficients for which the loss means nothing."""
@@ -31,7 +33,7 @@ class PPOLoss:
             raise UserError(f"clip_range is in (0, 1), not {self.clip_range}")
         if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_range:
             raise UserError(f"dual_clip must be above 1 + clip_range = {1 + self.clip_range:g}, not {self.dual_clip}")
-        require_not_negative(value_coef=self.value_coef, entropy_coef=self.entropy_coef)
+        require_not_negative(value_coef=self.value_coef, entropy_coef=self.entropy_coef, ptx_coef=self.ptx_coef)
 
     def policy(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Summed policy loss and the number of clipped tokens, scalars."""

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.batches import PromptBatch, SequenceBatch
 from rlhf_lightning.functional.kl import kl_k2
 from rlhf_lightning.functional.masked import masked_sum
 from rlhf_lightning.functional.value import explained_variance
@@ -40,6 +40,7 @@ from rlhf_lightning.modules.online import (
 )
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule
 from rlhf_lightning.modules.ppo_update import PPOUpdate
+from rlhf_lightning.modules.pretraining_mix import add_pretraining, share, texts_of
 from rlhf_lightning.modules.ranks import of_this_rank, over_ranks
 from rlhf_lightning.modules.rollout_metrics import (
     EVALUATION,
@@ -152,7 +153,7 @@ class PPOModule(LightningModule):
             assert self.last_rollout is not None
             rollout, counted = weighed(rollout, self.last_rollout[0].drawn, self.update.importance)
             self.update_means.update(counted)
-        stopped = self._learn(rollout)
+        stopped = self._learn(rollout, texts_of(batch, self.loss.ptx_coef))
         self._finish(rollout, stopped)
 
     def _collect(self, batch: PromptBatch) -> Rollout:
@@ -178,19 +179,20 @@ class PPOModule(LightningModule):
             keep_logprobs=self.engine.same_numbers,
         )
 
-    def _learn(self, rollout: Rollout) -> bool:
-        """Epochs of minibatches; True if the KL stopped them early."""
+    def _learn(self, rollout: Rollout, texts: SequenceBatch | None = None) -> bool:
+        """Epochs of minibatches, each with its share of the texts; True if the KL stopped them early."""
         same_weights = self.engine.same_numbers  # until the first step
+        most = fewest(self, self.update.minibatch_size, len(rollout))
         for _ in range(self.update.epochs):
-            most = fewest(self, self.update.minibatch_size, len(rollout))
-            for minibatch in rollout.minibatches(self.update.minibatch_size, self.order, most):
-                approx_kl = self._step(minibatch, same_weights)
+            minibatches = rollout.minibatches(self.update.minibatch_size, self.order, most)
+            for number, minibatch in enumerate(minibatches):
+                approx_kl = self._step(minibatch, same_weights, share(texts, number, most) if texts else None)
                 same_weights = False
                 if self.update.target_kl is not None and approx_kl > self.update.target_kl:
                     return True
         return False
 
-    def _step(self, minibatch: Rollout, same_weights: bool) -> float:
+    def _step(self, minibatch: Rollout, same_weights: bool, texts: SequenceBatch | None = None) -> float:
         """One optimizer step on the token mean over the minibatch, all ranks together; the approximate KL before it.
 
         ``same_weights``: none has been taken since the rollout, so that the engine's log-probabilities can be checked.
@@ -204,6 +206,8 @@ class PPOModule(LightningModule):
             # DDP averages gradients over ranks: times the world size makes it a sum, over all ranks' tokens.
             self.manual_backward(self.guard.saw(micro, loss * self.trainer.world_size / tokens))
             log_ratio_squares += squares
+        if texts is not None:
+            add_pretraining(self, texts)
         clipped_step(self, self.update.max_grad_norm)
         return float(self.all_sum(log_ratio_squares) / tokens)
 

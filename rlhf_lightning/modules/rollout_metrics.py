@@ -14,7 +14,8 @@ from rlhf_lightning.rollouts.collect import Responses
 
 UPDATE = (
     "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg", "loss/value_avg",
-    "val/clipfrac_avg", "val/ratio", "val/ratio_squared", "grad_norm", *mismatch.MEANS, *mismatch.LOWEST, *mismatch.HIGHEST,
+    "loss/ptx_avg", "val/clipfrac_avg", "val/ratio", "val/ratio_squared", "grad_norm",
+    *mismatch.MEANS, *mismatch.LOWEST, *mismatch.HIGHEST,
 )  # fmt: skip
 MODES = ("sampled", "greedy")
 EVALUATION = tuple(f"{mode}/{name}" for mode in MODES for name in ("score", "kl", "length", "truncated"))

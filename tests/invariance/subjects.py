@@ -483,7 +483,7 @@ def rearrange_rollouts(module: Any, arrangement: Arrangement) -> None:
     module._generate = lambda *args: stretched(generate(*args), arrangement)
     if arrangement.filler == "garbage":
         module._collect = lambda batch: littered(collect(batch))
-        module._learn = lambda rollout: learn(littered(rollout))
+        module._learn = lambda rollout, *more: learn(littered(rollout), *more)
         module._finish = lambda rollout, *more: finish(littered(rollout), *more)
 
 

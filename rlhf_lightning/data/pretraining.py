@@ -1,0 +1,85 @@
+"""Prompts that bring rows of a pretraining corpus along, for PPO-ptx."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.data.collate import PromptCollator, SequenceCollator
+from rlhf_lightning.data.prompts import PromptDataModule
+from rlhf_lightning.data.sources import Source
+from rlhf_lightning.data.splits import Split, load_splits
+from rlhf_lightning.data.tokenization import demonstrations
+from rlhf_lightning.errors import UserError
+
+NUMBER = "pretraining_number"
+
+
+class PretrainingMixDataModule(PromptDataModule):
+    """Prompts as in :class:`.prompts.PromptDataModule`, each with its own few rows of text that keep the policy what it was.
+
+    Which text goes with which prompt is fixed, and so are order, ranks and resume: they are those of the prompts. Of a corpus
+    with more rows than ``rows_per_prompt`` times the prompts, the rest is not used.
+    """
+
+    def __init__(
+        self,
+        source: Source | str,
+        pretraining: Source | str,
+        rows_per_prompt: int = 1,
+        max_length: int = 512,
+        tokenizer: str | None = None,
+        batch_size: int = 128,
+        max_prompt_length: int = 512,
+        split: Split = Split(),  # noqa: B008  (frozen)
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """Remember what to load; arguments as in :class:`.prompts.PromptDataModule`, and these.
+
+        Args:
+            pretraining: A world, or the path of a file or folder, or a hub id: text, all of which is learnt.
+            rows_per_prompt: Rows of it beside each prompt; InstructGPT takes 8.
+            max_length: Longest row in tokens; longer ones lose their end.
+        """
+        super().__init__(
+            source, tokenizer, batch_size, max_prompt_length, split=split, num_workers=num_workers, seed=seed
+        )
+        if rows_per_prompt < 1:
+            raise UserError(f"data.rows_per_prompt is at least 1, not {rows_per_prompt}")
+        self.pretraining, self.rows_per_prompt, self.max_length = pretraining, rows_per_prompt, max_length
+
+    def _load(self) -> None:
+        super()._load()
+        texts = load_splits(self.pretraining, "demonstrations", None, Split(validation=0))["train"]
+        rows = demonstrations(self.tokenizer, "all", self.max_length).tokenize(texts)
+        self.texts = rows.remove_columns("length").shuffle(seed=self.seed)
+        prompts = self.rows["train"]
+        self.rows["train"] = prompts.add_column(NUMBER, list(range(len(prompts))))  # type: ignore[call-arg]
+
+    def collator(self) -> PromptCollator:
+        return MixCollator(self.tokenizer.pad_token_id, self.texts, self.rows_per_prompt)
+
+
+@dataclass(frozen=True)
+class MixCollator(PromptCollator):
+    """Prompts with their rows of text; held-out prompts have none.
+
+    Attributes:
+        texts: ``input_ids`` and ``response_mask`` of each row.
+        rows_per_prompt: How many go with one.
+    """
+
+    texts: Dataset
+    rows_per_prompt: int
+
+    def __call__(self, planned: tuple[dict[str, list[Any]], float]) -> PromptBatch:
+        columns, normalizer = planned
+        numbers = columns.get(NUMBER)
+        batch = super().__call__(({name: x for name, x in columns.items() if name != NUMBER}, normalizer))
+        if numbers is None:
+            return batch
+        k, count = self.rows_per_prompt, len(self.texts)
+        rows = self.texts[[(number * k + i) % count for number in numbers for i in range(k)]]
+        return batch._replace(pretraining=SequenceCollator(self.pad_id)((rows, normalizer)))
