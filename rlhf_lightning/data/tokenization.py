@@ -172,8 +172,8 @@ def preferences(tokenizer: PreTrainedTokenizerBase, max_length: int = 1024) -> T
     def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
         *start, left, right = ids
         prompt = encoder.join_prompt(start)
-        chosen = encoder.end(left)[: -1 if row.get("chosen_truncated") else None]
-        rejected = encoder.end(right)[: -1 if row.get("rejected_truncated") else None]
+        chosen = ended(encoder, left, row.get("chosen_truncated"))
+        rejected = ended(encoder, right, row.get("rejected_truncated"))
         length = len(prompt) + max(len(chosen), len(rejected))
         answers = {"chosen_ids": chosen, "rejected_ids": rejected}
         said = {"chosen_probability": read_probability(row), WEIGHT: read_weight(row)}
@@ -197,10 +197,9 @@ def unpaired(tokenizer: PreTrainedTokenizerBase, max_length: int = 1024) -> Toke
         return encoder.pair_pieces(row["prompt"], [row["completion"]], tools_of(row))
 
     def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
-        prompt, completion = encoder.join_prompt(ids[:-1]), ids[-1]
         side = "chosen" if row["label"] else "rejected"
-        if not (row.get("completion_truncated") or row.get(f"{side}_truncated")):
-            completion = encoder.end(completion)
+        cut = row.get("completion_truncated") or row.get(f"{side}_truncated")
+        prompt, completion = encoder.join_prompt(ids[:-1]), ended(encoder, ids[-1], cut)
         length = len(prompt) + len(completion)
         return {"prompt_ids": prompt, "completion_ids": completion, "label": row["label"], "length": length}
 
@@ -316,10 +315,13 @@ def join_demonstration(encoder: Encoder, row: Row, pieces: list[Piece], ids: lis
     if "messages" in row or (mask == "assistant" and isinstance(row["prompt"], list)):
         return encoder.join_messages(pieces, ids, mask)
     prompt = encoder.join_prompt(ids[:-1])
-    response = encoder.end(ids[-1])
-    if row.get("completion_truncated"):
-        response = response[:-1]  # which a template may have written
+    response = ended(encoder, ids[-1], row.get("completion_truncated"))
     return Masked([*prompt, *response], [mask == "all"] * len(prompt) + [True] * len(response))
+
+
+def ended(encoder: Encoder, ids: list[int], cut: bool | None) -> list[int]:
+    """A response with its EOS; without, where it was cut off when it was sampled, even if a template has written one."""
+    return encoder.end(ids)[: -1 if cut else None]
 
 
 def tools_of(row: Row) -> Tools:

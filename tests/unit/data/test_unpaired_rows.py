@@ -108,6 +108,22 @@ def test_completions_end_with_eos_unless_they_were_cut_off():
     assert [ids[-1] == EOS for ids in prepared(Rows(pair)).rows["train"]["completion_ids"]] == [True, False]
 
 
+def test_what_was_cut_off_has_no_eos_though_a_template_writes_one():
+    asked = [{"role": "user", "content": "a b"}]
+
+    def said(text):
+        return [{"role": "assistant", "content": text}]
+
+    rows = [
+        {"prompt": asked, "completion": said("c"), "label": True, "completion_truncated": True},
+        {"prompt": asked, "completion": said("d"), "label": False, "completion_truncated": False},
+    ]
+    cut, whole = prepared(Rows(*rows)).rows["train"]["completion_ids"]
+    assert whole[-1] == EOS
+    assert EOS not in cut
+    assert len(cut) == len(whole) - 1
+
+
 def test_long_rows_are_left_out_and_counted(caplog):
     rows = [{"prompt": "a", "completion": "b " * n, "label": n % 2 == 0} for n in (1, 2, 3, 30)]
     data = prepared(Rows(*rows), max_length=12)
