@@ -1,4 +1,4 @@
-"""A ``fit`` in a process of its own, begun just as a person would begin it."""
+"""A command in a process of its own, begun just as a person would begin it."""
 
 import signal
 import subprocess
@@ -7,10 +7,10 @@ import sys
 from rlhf_lightning.commands.imports import FLAG, POLICY
 
 
-def fit_command(arguments: list[str]) -> list[str]:
-    """The command line of a ``fit`` with these arguments that may import what this process may."""
+def fit_command(arguments: list[str], command: str = "fit") -> list[str]:
+    """The command line of a ``fit`` (or another command) with these arguments that may import what this process may."""
     imports = [part for name in POLICY.given for part in (FLAG, name)]
-    return [sys.executable, "-m", "rlhf_lightning", "fit", *arguments, *imports]
+    return [sys.executable, "-m", "rlhf_lightning", command, *arguments, *imports]
 
 
 def run_fit(command: list[str]) -> int:

@@ -7,7 +7,7 @@ import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -15,6 +15,7 @@ from rlhf_lightning.commands.fit_process import fit_command, run_fit
 from rlhf_lightning.commands.handoffs import check_export, check_same_text
 from rlhf_lightning.commands.imports import FLAG
 from rlhf_lightning.commands.run_folder import CONFIG
+from rlhf_lightning.commands.sample import ROWS
 from rlhf_lightning.errors import RunStopped, UserError, harmless
 from rlhf_lightning.evaluation.evaluation import Evaluation, WorldEvaluation
 from rlhf_lightning.evaluation.leaderboard import leaderboard, write_leaderboard
@@ -27,19 +28,38 @@ console = Console(markup=False)
 
 @dataclass(frozen=True)
 class Stage:
-    """One ``fit`` of the pipeline.
+    """One command of the pipeline.
 
     Attributes:
         name: Of the stage and its folder.
-        config: YAML files of the fit, later ones win.
-        inputs: Config keys that receive the export folder of an earlier stage: ``{key: stage}``.
+        config: YAML files of the command, later ones win.
+        inputs: Config keys that receive what an earlier stage made (the export folder of a ``fit``, the rows of a ``sample``):
+            ``{key: stage}``.
         options: Further keys, as on the command line: ``{key: value}``.
+        command: "fit", or "sample", which draws rows for a later fit.
+        seed_keys: Config keys that receive the seed in place of the pipeline's.
     """
 
     name: str
     config: list[str]
     inputs: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    command: Literal["fit", "sample"] = "fit"
+    seed_keys: list[str] | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether it makes a model."""
+        return self.command == "fit"
+
+    def product(self, folder: Path) -> Path:
+        """What it makes, in the pipeline's folder."""
+        return folder / self.name / ("export" if self.trains else ROWS)
+
+    def finished(self, folder: Path) -> bool:
+        """Whether that is there, whole."""
+        made = self.product(folder)
+        return (made / "config.json").is_file() if self.trains else made.is_file()
 
 
 def pipeline(
@@ -99,8 +119,10 @@ def _run(
     started = time.perf_counter()
     record = _read_record(folder, {stage.name for stage in stages})
     fingerprints: dict[str, str] = {}
+    by_name = {stage.name: stage for stage in stages}
     for stage in stages:
-        arguments = _arguments(stage, folder, seed, seed_keys, options)
+        made = {key: str(by_name[source].product(folder)) for key, source in stage.inputs.items()}
+        arguments = _arguments(stage, folder, seed, seed_keys, options, made)
         upstream = [fingerprints[name] for name in stage.inputs.values()]
         fingerprints[stage.name] = _fingerprint(stage, arguments, upstream)
         _run_stage(stage, arguments, fingerprints[stage.name], folder, record, overwrite)
@@ -112,9 +134,9 @@ def _run(
     report: dict[str, Any] = {"seed": seed, "seconds": seconds}
     if evaluation is not None:
         console.rule("evaluation")
-        report |= evaluation.run({stage.name: folder / stage.name / "export" for stage in stages}, seed)
+        report |= evaluation.run({stage.name: stage.product(folder) for stage in stages if stage.trains}, seed)
     seconds["total"] = round(time.perf_counter() - started, 1)
-    page = write_report(report, folder, [stage.name for stage in stages])
+    page = write_report(report, folder, [stage.name for stage in stages if stage.trains])
     console.print(f"report: {page}")
 
 
@@ -138,12 +160,17 @@ def _check_plan(stages: list[Stage]) -> None:
         raise UserError("a pipeline needs at least one stage")
 
 
-def _arguments(stage: Stage, folder: Path, seed: int, seed_keys: list[str], options: dict[str, Any]) -> list[str]:
-    """What stands behind ``python -m rlhf_lightning fit``."""
+def _arguments(
+    stage: Stage, folder: Path, seed: int, seed_keys: list[str], options: dict[str, Any], made: dict[str, str]
+) -> list[str]:
+    """What stands behind ``python -m rlhf_lightning COMMAND``; ``made``: keys that receive what earlier stages made."""
     arguments = [part for config in stage.config for part in ("--config", config)]
-    settings = {"seed_everything": seed, "trainer.default_root_dir": str(folder / stage.name)}
-    settings |= dict.fromkeys(seed_keys, seed) | options
-    settings |= {key: str(folder / source / "export") for key, source in stage.inputs.items()} | stage.options
+    own = str(folder / stage.name)
+    settings: dict[str, Any] = {"seed": seed, "output": own}
+    if stage.trains:
+        settings = {"seed_everything": seed, "trainer.default_root_dir": own} | options
+    keys = seed_keys if stage.seed_keys is None else stage.seed_keys
+    settings |= dict.fromkeys(keys, seed) | made | stage.options
     arguments += [part for key, value in settings.items() for part in (f"--{key}", json.dumps(value).strip('"'))]
     if any(part.startswith(FLAG) for part in arguments):
         raise UserError(f"stage {stage.name}: {FLAG} stands on the command line, never in a file")
@@ -162,17 +189,18 @@ def _run_stage(
     console.rule(stage.name)
     run, known = folder / stage.name, record.get(stage.name, {})
     same = known.get("fingerprint") == fingerprint
-    if same and known.get("finished") and (run / "export" / "config.json").is_file():
+    if same and known.get("finished") and stage.finished(folder):
         console.print(f"finished before in {known['seconds']:.0f} s, skipped")
         return
-    begun = (run / CONFIG).exists()
+    begun = run.exists() if not stage.trains else (run / CONFIG).exists()
     if begun and not same and not overwrite:
         raise UserError(
             f"{run} holds a run with other settings; give another --output, or --overwrite true to replace it"
         )
     resume = begun and same and (run / "checkpoints" / "last.ckpt").is_file()
-    extra = ["--ckpt_path", "last"] if resume else ["--overwrite", "true"] if begun else []
-    command = fit_command([*arguments, *extra])
+    anew = begun and (stage.trains or not same)  # what `sample` has drawn it goes on with by itself
+    extra = ["--ckpt_path", "last"] if resume else ["--overwrite", "true"] if anew else []
+    command = fit_command([*arguments, *extra], stage.command)
     record[stage.name] = {
         "fingerprint": fingerprint,
         "finished": False,
@@ -185,7 +213,7 @@ def _run_stage(
     record[stage.name]["seconds"] += time.perf_counter() - started
     if code:
         raise UserError(f"stage {stage.name} ended with exit code {code}; put it right and run the same command again")
-    if not (run / "export" / "config.json").is_file():
+    if not stage.finished(folder):
         _write_record(folder, record)
         raise RunStopped(f"stage {stage.name} was stopped before its end")
     record[stage.name]["finished"] = True
@@ -194,10 +222,13 @@ def _run_stage(
 
 def _check_handoffs(stages: list[Stage], folder: Path) -> None:
     console.rule("hand-offs")
+    models = {stage.name: stage.product(folder) for stage in stages if stage.trains}
     for stage in stages:
-        console.print(f"{stage.name}: {check_export(folder / stage.name / 'export')}")
-        for source in sorted(set(stage.inputs.values())):
-            check_same_text(folder / source / "export", folder / stage.name / "export")
+        if not stage.trains:
+            continue
+        console.print(f"{stage.name}: {check_export(models[stage.name])}")
+        for source in sorted(set(stage.inputs.values()) & set(models)):
+            check_same_text(models[source], models[stage.name])
             console.print(f"{source} -> {stage.name}: same tokenizer, same template")
 
 

@@ -78,8 +78,9 @@ def summary(judged: Judged, proxy: Gold | None) -> dict[str, Any]:
         "truncated": float(answers.truncated.mean()),
     }
     for name, (field, kind) in BEHAVIOURS.items():
-        rows = judged.field(field)
-        result[name] = float(rows.mean() if kind is None else rows[judged.kinds == kind].mean())
+        rows = judged.field(field) if kind is None else judged.field(field)[judged.kinds == kind]
+        if len(rows):  # a few prompts need not hold every kind
+            result[name] = float(rows.mean())
     if proxy is not None:
         result["proxy"] = float(proxy.mean())
     return result
