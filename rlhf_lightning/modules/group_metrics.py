@@ -1,5 +1,6 @@
 """What GRPO and its relatives log of an iteration, under the names that TRL's users know."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -67,10 +68,12 @@ def group_means(rollout: Rollout, all_sum: Callable[[Tensor], Tensor], *, refere
 
 def length_extremes(rollout: Rollout, module: Any) -> dict[str, float]:
     """Shortest and longest response of the iteration over all ranks, and of those that ended (0 where none did)."""
-    lengths, ended = rollout.response_mask.sum(dim=1), ~rollout.truncated
-    whole = lengths[ended] if bool(ended.any()) else torch.zeros_like(lengths[:1])
-    found = torch.stack([-lengths.min(), lengths.max(), -whole.min(), whole.max()])
+    lengths, ended = rollout.response_mask.sum(dim=1).float(), ~rollout.truncated
+    nothing = torch.full_like(lengths[:1], -torch.inf)  # below whatever another rank has
+    shortest, longest = (torch.cat([nothing, x[ended]]).max() for x in (-lengths, lengths))
+    found = torch.stack([-lengths.min(), lengths.max(), shortest, longest])
     if module.trainer.world_size > 1:
         found = module.trainer.strategy.reduce(found, reduce_op="max")
     names = ("min_length", "max_length", "min_terminated_length", "max_terminated_length")
-    return {f"completions/{name}": abs(float(x)) for name, x in zip(names, found, strict=True)}
+    known = zip(names, found.tolist(), strict=True)
+    return {f"completions/{name}": abs(x) if math.isfinite(x) else 0.0 for name, x in known}

@@ -119,7 +119,7 @@ def test_ppo_with_two_adapters_on_one_base_learns(tmp_path):
     assert logged(folder, "train/objective/kl")[-1] > 1
     assert logged(folder, "train/val/explained_variance")[-1] > 0.3  # the critic's adapter has learnt
     check_exports(folder, rank=8)
-    assert weights_in(folder) == 2 * adapter_size(8) + 64 + 2  # two adapters, a head, its scale and shift
+    assert weights_in(folder) == 2 * adapter_size(8) + 64 + 3  # two adapters, a head, its scale, shift and temperature
 
 
 # ---------------------------------------------------------------- tiny runs

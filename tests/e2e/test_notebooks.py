@@ -66,6 +66,7 @@ def test_preferences_and_reward_model():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ppo_against_dpo():
     found = figures("03_ppo_against_dpo.ipynb")
     for method in ("dpo", "ppo"):
@@ -74,6 +75,7 @@ def test_ppo_against_dpo():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ground_truth():
     found = figures("04_ground_truth.ipynb")
     for method, most in (("PPO", 2e-2), ("DPO", 5e-2)):

@@ -30,7 +30,13 @@ def ground_truth(*args):
 
 
 @pytest.mark.parametrize(
-    ("method", "problem", "most_kl", "most_lost"), [("ppo", 0, 1e-2, 3.0), ("dpo", 1, 5e-2, 100.0)]
+    ("method", "problem", "most_kl", "most_lost"),
+    [
+        ("ppo", 0, 1e-2, 3.0),
+        pytest.param("dpo", 1, 5e-2, 100.0, marks=pytest.mark.exhaustive),
+        pytest.param("rloo", 1, 1e-2, 3.0, marks=pytest.mark.exhaustive),
+        pytest.param("grpo", 0, 1e-2, 3.0, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_training_reaches_the_optimum(tmp_path, method, problem, most_kl, most_lost):
     """As the README says: the command with its config. One problem each, for time; without `--problems` it takes three."""
@@ -50,7 +56,8 @@ def test_training_reaches_the_optimum(tmp_path, method, problem, most_kl, most_l
     assert (folder / "ground_truth.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("problem", [0, *(pytest.param(p, marks=pytest.mark.exhaustive) for p in (1, 2))])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("problem", [0, 1, 2])
 def test_dpo_on_the_population_of_pairs_reaches_the_optimum(tmp_path, problem):
     """No sampling noise: all 57 x 57 ordered pairs of each prompt in every step."""
     world = EnumerableWorld(problem, max_new_tokens=2)

@@ -337,7 +337,7 @@ def build_ppo(critic: bool) -> Callable[[dict[str, Any], str, Arrangement], pl.L
 
 
 def build_group(
-    advantages: CriticFree, objective: PolicyObjective, **groups: Any
+    advantages: CriticFree, objective: PolicyObjective, lr: float = 0.001, **groups: Any
 ) -> Callable[[dict[str, Any], str, Arrangement], pl.LightningModule]:
     def build(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
         module = GRPOModule(
@@ -349,7 +349,7 @@ def build_group(
             groups=Groups(size=2, **groups),
             sampling=SamplingParameters(max_new_tokens=LONGEST, temperature=0.7),
             update=GRPOUpdate(epochs=2, minibatch_size=2 * STEP, micro_batch_size=arrangement.micro, max_grad_norm=1e6),
-            optimizer=sgd(0.01),
+            optimizer=sgd(lr),
             schedule=Schedule(decay="constant"),
         )
         module.engine = Answers()
@@ -397,7 +397,8 @@ SUBJECTS: dict[str, Subject] = {
     "ppo": Subject(build_ppo(critic=True), **ONLINE),
     "ppo, shared trunk": Subject(build_ppo(critic=False), **ONLINE),
     "grpo": Subject(
-        build_group(GroupMean(), PolicyObjective("sequence_mean", "loss_k3_token", entropy_coef=0.01)), **ONLINE
+        build_group(GroupMean(), PolicyObjective("sequence_mean", "loss_k3_token", entropy_coef=0.01), lr=0.01),
+        **ONLINE,
     ),
     "rloo": Subject(
         build_group(LeaveOneOut(), PolicyObjective("sequence_sum", "reward_k1", ReinforceLoss())), **ONLINE

@@ -60,6 +60,8 @@ def test_the_plain_run_has_something_to_get_wrong(subject, architecture, scalar)
 @pytest.mark.parametrize(("subject", "layout"), CASES)
 def test_nothing_depends_on_the_layout(subject, layout, architecture, scalar):
     rtol = 1e-9 if SUBJECTS[subject].dtype == torch.float64 else 1e-5
+    if SUBJECTS[subject].online and not subject.startswith("ppo"):
+        rtol = 3e-5  # sums over whole responses, with advantages of both signs
     if not REARRANGEMENTS[layout].packed:
         rtol = 3e-5  # another attention, which takes its softmax in float32 always
     got = run(SUBJECTS[subject], architecture, scalar, REARRANGEMENTS[layout])

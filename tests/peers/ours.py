@@ -137,7 +137,7 @@ def flat(batch: Any, output: Any) -> list[float]:
     """Log-probabilities of the supervised tokens row by row, or the scores."""
     if isinstance(output, tuple) and hasattr(output, "logprobs"):
         return output.logprobs[batch.response_mask[:, 1:]].tolist()
-    return torch.cat(output).tolist()
+    return output.tolist()
 
 
 def entropies(batch: Any, output: Any) -> list[float]:

@@ -185,7 +185,7 @@ def compare(*arguments):
 
 
 @pytest.mark.parametrize(
-    "method", ["sft", *(pytest.param(x, marks=pytest.mark.slow) for x in ("reward", "dpo", "ppo"))]
+    "method", ["sft", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("reward", "dpo", "ppo"))]
 )
 def test_the_bare_loop_computes_what_the_naive_one_does(method):
     done, lines = compare(method, "--sides", "naive,bare")
@@ -203,7 +203,9 @@ def test_the_bare_loop_computes_what_the_naive_one_does(method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sft", "reward", "dpo", "ppo"])
+@pytest.mark.parametrize(
+    "method", ["dpo", "ppo", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("sft", "reward"))]
+)
 def test_our_counters_and_our_first_step(method):
     done, lines = compare(method, "--sides", "ours,naive")
     assert done.returncode == 0, done.stderr
@@ -216,7 +218,7 @@ def test_our_counters_and_our_first_step(method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["grpo", "rloo"])
+@pytest.mark.parametrize("method", ["grpo", pytest.param("rloo", marks=pytest.mark.exhaustive)])
 def test_groups_are_computed_alike_by_all_sides(method):
     done, lines = compare(method, "--sides", "ours,naive,bare")
     assert done.returncode == 0, done.stderr

@@ -38,10 +38,17 @@ def exported(trained, tokenizer, folder, **kwargs):
     return export_module(Run(trained, tokenizer), folder, **kwargs)
 
 
-def parameter_bytes():
+def parameters_alive():
+    """All there are; held, none of them can go while something is measured."""
     gc.collect()
-    found = {p.data_ptr(): p.numel() * p.element_size() for p in gc.get_objects() if isinstance(p, torch.nn.Parameter)}
-    return sum(found.values())
+    return [p for p in gc.get_objects() if isinstance(p, torch.nn.Parameter)]
+
+
+def bytes_beside(before):
+    """Of the parameters that have come since, memory that several share counted once."""
+    known = {p.data_ptr() for p in before}
+    fresh = {p.data_ptr(): p.numel() * p.element_size() for p in parameters_alive() if p.data_ptr() not in known}
+    return sum(fresh.values())
 
 
 def change(folder):

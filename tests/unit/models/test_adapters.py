@@ -13,7 +13,7 @@ from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork
 from rlhf_lightning.models.spec import LoRA, ModelSpec
 from rlhf_lightning.modules import DPOModule, PPOModule
-from tests.unit.models.adapted import LORA, change, exported, learnt, parameter_bytes
+from tests.unit.models.adapted import LORA, bytes_beside, change, exported, learnt, parameters_alive
 
 LINEARS = {  # shapes of the linear layers of one block, in and out
     "llama": [(16, 16), (16, 8), (16, 8), (16, 16), (16, 32), (16, 32), (32, 16)],
@@ -132,24 +132,24 @@ def test_no_second_set_of_weights_exists(base, tokenizer, architecture):
     adapter = sum(LORA.rank * (i + o) for i, o in 2 * LINEARS[architecture["model_type"]]) * 4
     weights = sum(w.numel() for w in AutoModelForCausalLM.from_pretrained(base).parameters()) * 4
     for lora, expected in ((None, 2 * weights), (LORA, weights + adapter)):
-        before = parameter_bytes()
+        before = parameters_alive()
         own = ModelSpec(path=base, adapter=lora)
         policy = PolicyNetwork(load_causal_lm(own, tokenizer))
         reference = policy_as_it_starts(policy, own, tokenizer, policy)
-        assert parameter_bytes() - before == expected
+        assert bytes_beside(before) == expected
         del policy, reference
 
 
 @pytest.mark.parametrize("method", ["dpo", "ppo"])
 def test_no_module_keeps_a_second_set(base, architecture, method):
-    before, spec = parameter_bytes(), ModelSpec(path=base, adapter=LORA)
+    before, spec = parameters_alive(), ModelSpec(path=base, adapter=LORA)
     module = DPOModule(spec) if method == "dpo" else PPOModule(spec, spec, reward=None)
     module.configure_model()  # with the tokenizer of the folder
     adapter = sum(LORA.rank * (i + o) for i, o in 2 * LINEARS[architecture["model_type"]])
     weights = sum(w.numel() for w in AutoModelForCausalLM.from_pretrained(base).parameters())
     expected = weights + adapter if method == "dpo" else weights + 2 * adapter + 16  # and the critic's head
     gc.collect()
-    assert parameter_bytes() - before == 4 * expected
+    assert bytes_beside(before) == 4 * expected
 
 
 def test_a_policy_that_goes_on_from_an_adapter_is_compared_with_that(adapted, base, tokenizer, batch, tmp_path):

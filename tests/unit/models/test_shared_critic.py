@@ -12,7 +12,7 @@ from rlhf_lightning.models.policy import PolicyNetwork
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.shared_critic import SharedCritic, load_critic
 from rlhf_lightning.models.spec import LoRA, ModelSpec
-from tests.unit.models.adapted import LORA, learnt, parameter_bytes
+from tests.unit.models.adapted import LORA, bytes_beside, learnt, parameters_alive
 
 
 def pair(spec, critic_spec, tokenizer):
@@ -22,12 +22,12 @@ def pair(spec, critic_spec, tokenizer):
 
 def test_a_shared_critic_is_the_reward_model_that_it_came_from(adapted, base, tokenizer, batch, reward_adapter):
     folder, model = reward_adapter
-    before = parameter_bytes()
+    before = parameters_alive()
     both = pair(adapted, ModelSpec(path=base, adapter=LoRA(path=str(folder))), tokenizer)
     policy, critic = both.policy, both.critic
     assert isinstance(critic, SharedCritic)
     weights = {p.data_ptr(): p.numel() * 4 for p in [*policy.parameters(), *critic.parameters()]}
-    assert parameter_bytes() - before == sum(weights.values())  # one trunk, two adapters, a head
+    assert bytes_beside(before) == sum(weights.values())  # one trunk, two adapters, a head
     for weight in adapter_weights(policy.network, DEFAULT).values():
         weight.data.normal_()  # the policy's adapter is nothing to the critic
     for pooled in (True, False):
