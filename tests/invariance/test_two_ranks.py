@@ -83,7 +83,9 @@ def same_as_one(traces, subject, scalars):
     for (architecture, layout), got in first.items():
         other = second[architecture, layout].weights
         assert [name for name, value in got.weights.items() if not torch.equal(value, other[name])] == []
-        assert_same(got, run(SUBJECTS[subject], architecture, scalars[architecture], PLAIN), rtol=1e-5)
+        # REINFORCE sums over whole responses, with advantages of both signs.
+        rtol = 3e-5 if SUBJECTS[subject].online and not subject.startswith("ppo") else 1e-5
+        assert_same(got, run(SUBJECTS[subject], architecture, scalars[architecture], PLAIN), rtol=rtol)
 
 
 @pytest.mark.slow
