@@ -56,7 +56,7 @@ class PretrainingMixDataModule(PromptDataModule):
         rows = demonstrations(self.tokenizer, "all", self.max_length).tokenize(texts)
         self.texts = rows.remove_columns("length").shuffle(seed=self.seed)
         prompts = self.rows["train"]
-        self.rows["train"] = prompts.add_column(NUMBER, list(range(len(prompts))))  # type: ignore[call-arg]
+        self.rows["train"] = prompts.add_column(NUMBER, list(range(len(prompts))))
 
     def collator(self) -> PromptCollator:
         return MixCollator(self.tokenizer.pad_token_id, self.texts, self.rows_per_prompt)
