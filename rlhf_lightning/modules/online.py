@@ -94,7 +94,7 @@ def answer_fixed_prompts(module: Any, batch: PromptBatch, number: int) -> None:
         for mode, sampling in modes.items():
             responses = module._generate(batch, sampling)
             rollout = module._score(responses, scores_of(module.scorer, responses))
-            log_ratio = rollout.logprobs - rollout.ref_logprobs
+            log_ratio = None if module.reference is None else rollout.logprobs - rollout.ref_logprobs
             module.eval_means.update(evaluation_counts(mode, responses, rollout.scores, log_ratio))
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.groups import without_signal
-from rlhf_lightning.functional.masked import masked_sum
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.native import engine_for
 from rlhf_lightning.losses import DPOLoss, PairLoss
@@ -53,6 +52,7 @@ NAMES = (
     "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
     "objective/scores_margin", "grad_norm",
 )  # fmt: skip
+OF_REFERENCE = ("objective/kl", "objective/kl_k3", "objective/non_score_reward", "objective/rlhf_reward")
 
 
 class OnlineDPOModule(LightningModule):
@@ -200,7 +200,7 @@ class OnlineDPOModule(LightningModule):
                 self._step(minibatch)
 
     def _step(self, minibatch: Rollout) -> None:
-        """One optimizer step on the mean over the pairs that teach, all ranks together; none where all tie."""
+        """One optimizer step on the mean over the pairs that teach, all ranks together; without gradient where all tie."""
         self.optimizers().zero_grad()  # type: ignore[union-attr]
         teaching = self.all_sum(minibatch.advantages[::2, 0].sum())
         most = fewest(self, self.update.micro_batch_size, len(minibatch))
@@ -237,10 +237,12 @@ class OnlineDPOModule(LightningModule):
         """Schedules, counters and the log."""
         scheduler: Any = self.lr_schedulers()
         means = rollout_means(rollout, self.loss.reward_scale if self.loss.needs_reference else 0.0, self.all_sum)
+        if self.reference is None:  # the rollout holds the policy's own numbers in its place
+            means = {name: x for name, x in means.items() if name not in OF_REFERENCE}
         means["val/contain_eos_token"] = means.pop("val/num_eos_tokens")
         tied = without_signal(rollout.scores, rollout.groups).float()
         rows = self.all_sum(torch.tensor(float(len(rollout)), dtype=torch.float32, device=self.device))
-        means["frac_reward_zero_std"] = self.all_sum(masked_sum(tied, torch.ones_like(tied).bool())) / rows
+        means["frac_reward_zero_std"] = self.all_sum(tied.sum()) / rows
         means |= part_means(self.reward.parts(), self.all_sum, self.device)
         self.iteration += 1
         self.episodes += int(means.pop("episodes"))

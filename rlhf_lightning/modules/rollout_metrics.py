@@ -88,7 +88,7 @@ def update_metrics(means: Means) -> dict[str, Tensor]:
 
 
 def evaluation_counts(
-    mode: str, responses: Responses, scores: Tensor, log_ratio: Tensor
+    mode: str, responses: Responses, scores: Tensor, log_ratio: Tensor | None
 ) -> dict[str, tuple[Tensor, Tensor | int]]:
     """Sums and counts of one validation batch.
 
@@ -96,12 +96,13 @@ def evaluation_counts(
         mode: "sampled" or "greedy". The KL of greedy responses is that of their tokens, not a divergence.
         responses: The answers to the fixed prompts.
         scores: Shape (batch,).
-        log_ratio: log policy - log reference, aligned with ``input_ids[:, 1:]``, zero off the response.
+        log_ratio: log policy - log reference, aligned with ``input_ids[:, 1:]``, zero off the response; None without a
+            reference, and nothing is said of the KL.
     """
     rows = len(scores)
-    return {
+    kl: dict[str, tuple[Tensor, Tensor | int]] = {} if log_ratio is None else {f"{mode}/kl": (log_ratio.sum(), rows)}
+    return kl | {
         f"{mode}/score": (scores.sum(), rows),
-        f"{mode}/kl": (log_ratio.sum(), rows),
         f"{mode}/length": (responses.response_mask.sum(), rows),
         f"{mode}/truncated": (responses.truncated.sum(), rows),
     }

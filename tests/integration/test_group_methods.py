@@ -25,12 +25,14 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules import GRPOModule, OnlineDPOModule
 from rlhf_lightning.modules.grpo_update import Groups, GRPOUpdate
 from rlhf_lightning.modules.optimization import Schedule
+from rlhf_lightning.modules.rollout_metrics import evaluation_counts
 from rlhf_lightning.rewards.function import FunctionReward
 from rlhf_lightning.rewards.judge import FunctionJudge, WinRateReward
 from rlhf_lightning.rollouts.group_advantages import BatchMean, GreedyBaseline, GroupMean, LeaveOneOut, ReturnToGo
 from rlhf_lightning.rollouts.kl_control import FixedKL
 from rlhf_lightning.worlds import world_tokenizer
 from tests.faults.faulty import Rows
+from tests.invariance.subjects import Memory
 
 WORDS = SamplingParameters(max_new_tokens=6)
 
@@ -174,6 +176,21 @@ def test_no_reference_is_loaded_for_a_kl_without_weight(policy, tmp_path):
     held = grpo(policy, *METHODS["grpo"], kl=0.1)
     fit(held, tmp_path, 1)
     assert held.reference is not None
+
+
+def test_without_a_reference_nothing_is_said_of_the_kl(policy, tmp_path):
+    logged = {}
+    for name, loss in (("with", DPOLoss()), ("without", SimPOLoss())):
+        update = GRPOUpdate(minibatch_size=32)
+        module = OnlineDPOModule(policy, FunctionReward(count_green), loss, Groups(size=2), WORDS, update, adam)
+        memory = Memory()
+        fit(module, tmp_path, 1, prompts=8, logger=memory)
+        responses, scores = module.last_rollout
+        shown = {} if module.reference else evaluation_counts("sampled", responses, scores, None)
+        logged[name] = {key for row in memory.rows for key in row} | set(shown)
+    assert "train/objective/kl" in logged["with"]
+    assert not any("kl" in key or "rlhf_reward" in key for key in logged["without"])
+    assert {"train/objective/scores", "sampled/score"} <= logged["without"]
 
 
 @pytest.mark.parametrize("epochs", [1, 3])

@@ -155,7 +155,7 @@ class Online:
             architecture: Of the networks.
             gae_lambda: lambda.
             whiten_rewards: Whether rewards are scaled to unit variance.
-    XX gradient descent; so large that the second pass meets both clips.
+    Of plain gradient descent; so large that the second pass meets both clips.
     """
 
     responses: str
