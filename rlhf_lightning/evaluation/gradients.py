@@ -5,6 +5,7 @@ Convergence cannot see everything: every advantage vanishes at the optimum, so a
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.losses import DPOLoss, IPOLoss, PairLoss, PolicyObjective
 from rlhf_lightning.losses.pairs import Needs, Pairs, ScoredResponses
 from rlhf_lightning.modules import DPOModule, GRPOModule, PPOModule
+from rlhf_lightning.modules.online import policy_alone
 from rlhf_lightning.rewards.reward import Samples, checked_scores
 from rlhf_lightning.rollouts.buffer import Rollout
 from rlhf_lightning.rollouts.collect import Responses, score_responses
@@ -178,7 +180,7 @@ def group_update(module: GRPOModule, world: EnumerableWorld) -> Tensor:
         share = (many - 1) / many  # undoes its factor for a group of so many
     rollout = score_responses(
         responses,
-        module._known,
+        partial(policy_alone, module),
         module.reference,
         share * checked_scores(module.reward, responses.samples),
         temperature=module.sampling.temperature,

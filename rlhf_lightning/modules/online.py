@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import SamplingParameters
-from rlhf_lightning.models.sharding import gathered
+from rlhf_lightning.models.actor_critic import ActorCriticOutput
+from rlhf_lightning.models.sharding import gathered, wake
+from rlhf_lightning.modules.handoff import sharing_if_asked
 from rlhf_lightning.modules.optimization import whole
 from rlhf_lightning.modules.rollout_metrics import evaluation_counts
 from rlhf_lightning.rewards.reward import Reward, checked_scores
@@ -44,6 +46,35 @@ def begin(module: Any) -> None:
         )
     if module.trainer.world_size > 1:
         torch.manual_seed(torch.initial_seed() + module.global_rank)
+
+
+def place(module: Any, root: nn.Module) -> None:
+    """Bring what an iteration needs to the module's device: its own networks, the reference, the reward."""
+    wake(root, module.device)
+    if module.reference is not None:
+        module.reference.to(module.device)
+    with sharing_if_asked(module):
+        module.scorer.prepare(module.device)
+
+
+def policy_alone(
+    module: Any, ids: Tensor, attention: Tensor, mask: Tensor, *, temperature: float, values_only: bool
+) -> ActorCriticOutput:
+    """A policy without a critic on a rollout's rows, as ``score_responses`` asks for it: the values are zeros.
+
+    Args:
+        module: Its ``_scored`` runs the policy, at the temperature of its sampling.
+        ids: As in :class:`~rlhf_lightning.models.policy.PolicyNetwork`, like the next two.
+        attention: Same.
+        mask: Same.
+        temperature: That of the module's sampling.
+        values_only: What the policy says is known already: zeros, and no forward.
+    """
+    zeros = torch.zeros(mask[:, 1:].shape, dtype=torch.float32, device=mask.device)
+    if values_only:
+        return ActorCriticOutput(zeros, zeros, zeros)
+    output = module._scored(ids, attention, mask)
+    return ActorCriticOutput(output.logprobs, output.entropy, zeros)
 
 
 def respond(

@@ -16,15 +16,13 @@ from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.native import engine_for
 from rlhf_lightning.losses import DPOLoss, PairLoss
 from rlhf_lightning.losses.pairs import Needs, Pairs, ScoredResponses
-from rlhf_lightning.models.actor_critic import ActorCriticOutput
 from rlhf_lightning.models.frozen import Frozen, policy_as_it_starts
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
-from rlhf_lightning.models.sharding import wake
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.grpo_update import Groups, GRPOUpdate
 from rlhf_lightning.modules.guard import StepGuard
-from rlhf_lightning.modules.handoff import check_context, shard_if_asked, sharing_if_asked, training_tokenizer
+from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_training
 from rlhf_lightning.modules.online import (
     all_sum,
@@ -34,6 +32,8 @@ from rlhf_lightning.modules.online import (
     clipped_step,
     fewest,
     iterations,
+    place,
+    policy_alone,
     prompts_a_batch,
     respond,
     scores_of,
@@ -121,11 +121,7 @@ class OnlineDPOModule(LightningModule):
 
     def _place(self) -> None:
         assert self.policy is not None
-        wake(self.policy, self.device)
-        if self.reference is not None:
-            self.reference.to(self.device)
-        with sharing_if_asked(self):
-            self.scorer.prepare(self.device)
+        place(self, self.policy)
 
     def on_validation_start(self) -> None:
         if not self.trainer.training and not self.trainer.sanity_checking:
@@ -157,7 +153,7 @@ class OnlineDPOModule(LightningModule):
     def _score(self, responses: Responses, scores: Tensor) -> Rollout:
         return score_responses(
             responses,
-            self._known,
+            partial(policy_alone, self),
             self.reference,
             scores,
             temperature=self.sampling.temperature,
@@ -166,16 +162,6 @@ class OnlineDPOModule(LightningModule):
             keep_logprobs=self.engine.same_numbers,
             group_size=self.groups.size,
         )
-
-    def _known(
-        self, ids: Tensor, attention: Tensor, mask: Tensor, *, temperature: float, values_only: bool
-    ) -> ActorCriticOutput:
-        """The policy on a rollout's rows; there is no critic whose values would be wanted."""
-        zeros = torch.zeros(mask[:, 1:].shape, dtype=torch.float32, device=mask.device)
-        if values_only:
-            return ActorCriticOutput(zeros, zeros, zeros)
-        output = self._scored(ids, attention, mask)
-        return ActorCriticOutput(output.logprobs, output.entropy, zeros)
 
     def _scored(self, ids: Tensor, attention: Tensor, mask: Tensor) -> PolicyOutput:
         assert self.policy is not None

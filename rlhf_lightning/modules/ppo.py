@@ -20,11 +20,10 @@ from rlhf_lightning.models.actor_critic import ActorCritic
 from rlhf_lightning.models.frozen import policy_as_it_starts
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork
-from rlhf_lightning.models.sharding import wake
 from rlhf_lightning.models.shared_critic import load_critic
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.guard import StepGuard
-from rlhf_lightning.modules.handoff import check_context, shard_if_asked, sharing_if_asked, training_tokenizer
+from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_training
 from rlhf_lightning.modules.online import (
     all_sum,
@@ -34,6 +33,7 @@ from rlhf_lightning.modules.online import (
     clipped_step,
     fewest,
     iterations,
+    place,
     prompts_a_batch,
     respond,
     scores_of,
@@ -129,10 +129,7 @@ class PPOModule(LightningModule):
 
     def _place(self) -> None:
         assert self.actor_critic is not None
-        wake(self.actor_critic, self.device)
-        self.reference.to(self.device)
-        with sharing_if_asked(self):
-            self.scorer.prepare(self.device)
+        place(self, self.actor_critic)
 
     def on_validation_start(self) -> None:
         if not self.trainer.training and not self.trainer.sanity_checking:
