@@ -124,6 +124,26 @@ def discopop_loss(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: f
     return exponential - torch.sigmoid(-logits / tau) * F.logsigmoid(logits)
 
 
+def dpop_loss(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float, penalty: float) -> Tensor:
+    r"""DPO-positive: a chosen response that has become less likely than under the reference counts against its lead.
+
+    .. math:: \ell = -\log\sigma\big(\beta (h_w - h_l - \lambda \max(0, -h_w))\big)
+
+    Args:
+        chosen_logratio: As in :func:`dpo_loss`, like the next two.
+        rejected_logratio: Same.
+        beta: Same.
+        penalty: Lambda, what a nat that the chosen response has lost weighs beside a nat of lead. 0 is DPO.
+
+    Returns:
+        Shape (pairs,).
+
+    Source: Pal et al. 2024, eq. 3, https://arxiv.org/abs/2402.13228
+    """
+    lost = F.relu(-chosen_logratio)
+    return -F.logsigmoid(beta * (chosen_logratio - rejected_logratio - penalty * lost))
+
+
 def aot_loss(
     chosen_logps: Tensor,
     rejected_logps: Tensor,

@@ -10,12 +10,13 @@ from rlhf_lightning.functional.preference import (
     aot_loss,
     discopop_loss,
     dpo_loss,
+    dpop_loss,
     exo_loss,
     hinge_loss,
     ipo_loss,
     robust_dpo_loss,
 )
-from rlhf_lightning.losses.checks import require_flip_probability, require_positive
+from rlhf_lightning.losses.checks import require_flip_probability, require_not_negative, require_positive
 from rlhf_lightning.losses.divergences import Divergence, ForwardKL
 from rlhf_lightning.losses.pairs import BetaLoss, Needs, PairLoss, Pairs, given, halves
 
@@ -106,6 +107,21 @@ class DiscoPOPLoss(BetaLoss):
 
     def pairs(self, pairs: Pairs) -> Tensor:
         return discopop_loss(*pairs.logratios, beta=self.beta, tau=self.tau)
+
+
+@dataclass(frozen=True)
+class DPOPLoss(BetaLoss):
+    """DPO that holds the chosen response up: :func:`rlhf_lightning.functional.preference.dpop_loss`."""
+
+    penalty: float = 50.0
+
+    def __post_init__(self) -> None:
+        """Refuse coefficients for which the loss means nothing."""
+        super().__post_init__()
+        require_not_negative(penalty=self.penalty)
+
+    def pairs(self, pairs: Pairs) -> Tensor:
+        return dpop_loss(*pairs.logratios, beta=self.beta, penalty=self.penalty)
 
 
 @dataclass(frozen=True)

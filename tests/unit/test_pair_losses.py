@@ -34,7 +34,7 @@ from rlhf_lightning.losses import (
     SPPOHardLoss,
     WPOLoss,
 )
-from rlhf_lightning.losses.dpo import DiscoPOPLoss
+from rlhf_lightning.losses.dpo import DiscoPOPLoss, DPOPLoss
 from rlhf_lightning.losses.pairs import Needs, Pairs, ScoredResponses, halves
 from tests.pairs import of_tokens, pairs_of
 
@@ -53,6 +53,7 @@ VALUES = {
     APOZeroLoss(): (1.0, 0.925187),
     APODownLoss(): (1.0, 0.975391),
     DiscoPOPLoss(): (0.846574, 0.740357),
+    DPOPLoss(): (LN2, 0.554355),
     NormalisedDPOLoss(beta=0.1): (LN2, 0.628701),
     FDPOLoss(): (LN2, 0.572316),
     FDPOLoss(divergence=JensenShannon()): (LN2, 0.635589),
@@ -245,6 +246,16 @@ def test_discopop_of_a_lead_and_of_a_lag_is_exponential_and_logistic():
     assert slopes.tolist() == pytest.approx(expected, abs=1e-6)
 
 
+def test_dpop_charges_what_the_chosen_response_has_lost():
+    """A lead of two nats, of which the chosen response has lost one itself: .1 x (2 - 5), and five more parts of its slope."""
+    h = torch.tensor([-1.0, -3.0], requires_grad=True)
+    loss = DPOPLoss(penalty=5.0).pairs(pairs_of(h[:1], h[1:]))
+    (slopes,) = torch.autograd.grad(loss.sum(), h)
+    down = 0.1 / (1 + math.exp(-0.3))
+    assert loss.item() == pytest.approx(math.log1p(math.exp(0.3)), abs=1e-6)
+    assert slopes.tolist() == pytest.approx([-6 * down, down], abs=1e-6)
+
+
 def test_aot_of_a_step_is_not_that_of_its_parts():
     rows = drawn(seed=1)
     apart = [AOTLoss().pairs(Pairs(rows.rows(torch.tensor([i, i + 5])))) for i in range(5)]
@@ -292,6 +303,7 @@ SMOOTHING = "label_smoothing is a flip probability in [0, 0.5), not 0.5"
             "EXO's label_smoothing must be positive: a sure label is infinitely far; 0.001 is usual",
         ),
         (IPOLoss, {"tau": 0.0}, "tau must be positive, not 0.0"),
+        (DPOPLoss, {"penalty": -1.0}, "penalty must not be negative, not -1.0"),
         (DiscoPOPLoss, {"tau": -0.05}, "tau must be positive, not -0.05"),
         (LDDPOLoss, {"alpha": 1.5}, "alpha is a weight of tokens in [0, 1], not 1.5"),
         (LDDPOLoss, {"alpha": -0.5}, "alpha is a weight of tokens in [0, 1], not -0.5"),
