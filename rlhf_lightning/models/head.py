@@ -5,14 +5,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from transformers import PreTrainedModel
 
 from rlhf_lightning.functional.token_scores import TokenScores, logit_gradient, token_scores
 
 # Logits made at a time. Larger chunks measured no faster on a CPU; a GPU wants its matrix products tall.
 CHUNK = {"cpu": 2**20, "cuda": 2**27}
-# Logits kept until the backward; those of further chunks are computed again.
-KEPT = {"cpu": 2**24, "cuda": 2**27}
+# Log-probabilities kept until the backward; those of further chunks are computed again.
+KEPT = {"cpu": 2**26, "cuda": 2**27}
 
 
 def head_logits(network: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -101,16 +102,15 @@ class _HeadScores(torch.autograd.Function):
         sums = _Sums(hidden, weights) if job.trains and job.equal_weights else None
         scores = []
         for h, y in chunks:
-            leaf, logits = _leaf(job, h, job.trains)
-            scored, log_probs = token_scores(logits.detach(), y, temperature=job.temperature, collisions=job.collisions)
+            made, log_probs, scored = _made(job, h, y)
             scores.append(scored)
             if sums is not None:
                 gradient = logit_gradient(
                     log_probs, y, torch.ones_like(scored.logprobs), scored.entropy, None, temperature=job.temperature
                 )
-                sums.add(leaf, logits, gradient)
+                sums.add(made, gradient)
             elif job.trains and len(ctx.kept) < job.kept:
-                ctx.kept.append((leaf, logits, log_probs))
+                ctx.kept.append((made, log_probs))
         columns: list[Any] = list(zip(*scores, strict=True))
         joined: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in columns]
         whole = TokenScores(*joined)
@@ -138,22 +138,27 @@ class _HeadScores(torch.autograd.Function):
         parts = (x.split(job.rows) for x in (hidden, job.tokens, grads[0], entropy))
         for number, (h, y, grad, known) in enumerate(zip(*parts, strict=True)):
             with torch.autocast(hidden.device.type, enabled=enabled[0], dtype=enabled[1]):
-                leaf, logits, log_probs = kept.pop(0) if kept else _again(job, h, y)
+                made, log_probs = kept.pop(0) if kept else _made(job, h, y)[:2]
             entropy_grad = None if entropy_grads is None else entropy_grads[number]
-            sums.add(leaf, logits, logit_gradient(log_probs, y, grad, known, entropy_grad, temperature=job.temperature))
+            sums.add(made, logit_gradient(log_probs, y, grad, known, entropy_grad, temperature=job.temperature))
         return (None, *sums.result())
 
 
-def _leaf(job: _Job, hidden: Tensor, needs: bool) -> tuple[Tensor, Tensor]:
-    """Logits with a graph of their own, so that a head of any make (with an adapter, say) gives its own gradient."""
-    leaf = hidden.detach().requires_grad_(needs)
-    with torch.set_grad_enabled(needs):
-        return leaf, job.logits(leaf)
+class _Made(NamedTuple):
+    """Where logits came from, without the logits: what a linear head needs for its gradients are its inputs."""
+
+    leaf: Tensor
+    edge: Any  # a GradientEdge; None where nothing is trained
+    dtype: torch.dtype
 
 
-def _again(job: _Job, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    leaf, logits = _leaf(job, hidden, True)
-    return leaf, logits, token_scores(logits.detach(), tokens, temperature=job.temperature)[1]
+def _made(job: _Job, hidden: Tensor, tokens: Tensor) -> tuple[_Made, Tensor, TokenScores]:
+    """Scores, and a graph of their own, so that a head of any make (with an adapter, say) gives its own gradient."""
+    leaf = hidden.detach().requires_grad_(job.trains)
+    with torch.set_grad_enabled(job.trains):
+        logits = job.logits(leaf)
+    scored, log_probs = token_scores(logits.detach(), tokens, temperature=job.temperature, collisions=job.collisions)
+    return _Made(leaf, get_gradient_edge(logits) if job.trains else None, logits.dtype), log_probs, scored
 
 
 class _Sums:
@@ -164,10 +169,10 @@ class _Sums:
         self.weights = [torch.zeros_like(w) for w in weights]
         self.inputs = list(weights)
 
-    def add(self, leaf: Tensor, logits: Tensor, gradient: Tensor) -> None:
-        made = torch.autograd.grad(logits, [leaf, *self.inputs], gradient.to(logits.dtype))
-        self.hidden.append(made[0])
-        for total, part in zip(self.weights, made[1:], strict=True):
+    def add(self, made: _Made, gradient: Tensor) -> None:
+        hidden, *weights = torch.autograd.grad(made.edge, [made.leaf, *self.inputs], gradient.to(made.dtype))
+        self.hidden.append(hidden)
+        for total, part in zip(self.weights, weights, strict=True):
             total += part
 
     def result(self) -> tuple[Tensor, ...]:
