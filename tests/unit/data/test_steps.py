@@ -269,6 +269,29 @@ def test_some_solutions_end_with_a_wrong_number(tmp_path):
     assert plain[0]["completions"] == ["He has 2*3=6 eggs.", "Then 6+4=10.", "#### 10"]
 
 
+def test_some_solutions_end_with_a_step_of_another(tmp_path):
+    path = tmp_path / "gsm.jsonl"
+    rows = [{"question": f"How many, {n}?", "answer": f"He has {n}.\nAnd {n}.\n#### {n}"} for n in range(400)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = CorruptedSteps(str(path), wrong="step").load("stepwise")["train"]
+    wrong = [row for row in made if 0.0 in row["labels"]]
+    assert 150 < len(wrong) < 250
+    assert {len(row["labels"]) for row in wrong} == {1, 2, 3}
+    for number, row in enumerate(made):
+        assert [step in rows[number]["answer"].split("\n") for step in row["completions"]] == [
+            label == 1 for label in row["labels"]
+        ]
+
+
+def test_a_foreign_step_needs_a_second_row(tmp_path):
+    path = tmp_path / "gsm.jsonl"
+    path.write_text(json.dumps(GSM) + "\n")
+    with pytest.raises(UserError, match="has one row: a foreign step needs another; give wrong: number"):
+        CorruptedSteps(str(path), wrong="step").load("stepwise")
+    with pytest.raises(UserError, match="wrong is one of number, step, not 'digit'"):
+        CorruptedSteps(str(path), wrong="digit")
+
+
 @pytest.mark.parametrize("step", ["makes 1,200.50 dollars", "5", "10"])
 def test_one_digit_changes_and_no_number_gets_a_leading_zero(step):
     import random
