@@ -50,34 +50,53 @@ class PackedRows(Rows):
 
     def __init__(self, packing: Packing) -> None:
         self.runs, self.continuations = packing.runs, packing.continuations
-        self._masks: dict[tuple[Continuation, int | None], Tensor] = {}  # of all layers
+        # Tensors are split, not sliced: the gradient of each slice is a tensor as long as the whole.
+        self.sizes = [run.rows * run.length for run in self.runs] + [piece.length for piece in self.continuations]
+        starts = [(run.start + i * run.length, run.length) for run in self.runs for i in range(run.rows)]
+        self.rows = [length for _, length in starts]
+        self.row_at = {start: number for number, (start, _) in enumerate(starts)}
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}  # of all layers
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
     ) -> Tensor:
         if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
             return self._varlen(query, key, value, scaling, window)
-        parts = []
-        for run in self.runs:
-            tokens = slice(run.start, run.start + run.rows * run.length)
-            parts.append(_causal(query[tokens], key[tokens], value[tokens], run, scaling, window))
-        for piece in self.continuations:
-            own = slice(piece.start, piece.start + piece.length)
-            prompt = slice(piece.prompt, piece.prompt + piece.prompt_length)
-            k, v = (torch.cat([x[prompt], x[own]]).transpose(0, 1)[None] for x in (key, value))
-            mask, q = self._mask(piece, window, query.device), query[own].transpose(0, 1)[None]
-            shared = q.shape[1] != k.shape[1]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=shared)
-            parts.append(out[0].transpose(0, 1))
+        own = [x.split(self.sizes) for x in (query, key, value)]
+        parts = [_causal(q, k, v, run, scaling, window) for q, k, v, run in zip(*own, self.runs, strict=False)]
+        if self.continuations:
+            rest = len(key) - sum(self.rows)
+            heads = [x.split([*self.rows, rest]) for x in (key, value)]
+            behind = (x[len(self.runs) :] for x in own)
+            for q, k, v, piece in zip(*behind, self.continuations, strict=True):
+                if piece.prompt_length:
+                    row = self.row_at[piece.prompt]
+                    k, v = torch.cat([heads[0][row], k]), torch.cat([heads[1][row], v])
+                parts.append(self._continued(q, k, v, piece, scaling, window))
         return torch.cat(parts)
+
+    def _continued(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        piece: Continuation,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """What goes on from a prompt, over the prompt and itself."""
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+        mask, shared = self._mask(piece, window, q.device), q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=shared)
+        return out[0].transpose(0, 1)
 
     def _mask(self, piece: Continuation, window: int | None, device: torch.device) -> Tensor:
         """True where a token of the continuation sees one of the prompt or of its own. Shape (length, both lengths)."""
-        if (piece, window) not in self._masks:
-            size, before = (piece.length, piece.prompt_length + piece.length), piece.prompt_length
-            seen = torch.ones(size, dtype=torch.bool, device=device).tril(before)
-            self._masks[piece, window] = seen if window is None else seen.triu(before + 1 - window)
-        return self._masks[piece, window]
+        length, before = piece.length, piece.prompt_length
+        if (length, before, window) not in self._masks:
+            seen = torch.ones((length, before + length), dtype=torch.bool, device=device).tril(before)
+            self._masks[length, before, window] = seen if window is None else seen.triu(before + 1 - window)
+        return self._masks[length, before, window]
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
         """One flash-attention kernel over all rows, which half precision on a GPU has; it is causal from the end on."""

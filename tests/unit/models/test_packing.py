@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_lightning.models.attention import NAME, knows_rows, use_rows
@@ -179,3 +180,25 @@ def test_a_prompt_that_rows_share_is_read_once_and_changes_nothing(kind, side):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     for one, other in zip(same, gradients, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+class SlicesOfTheLongRow(TorchDispatchMode):
+    """Counts gradients of slices of the long row, each of which is as long as all of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func == torch.ops.aten.slice_backward.default and args[2] == 0
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_gradient_does_not_grow_with_the_square_of_the_rows():
+    """64 pairs of the embedded world spent more on zeros between their rows than on all matrix products."""
+    model = build("llama")
+    use_rows(model)
+    hidden = hidden_states(model, *in_groups("right")).hidden
+    with SlicesOfTheLongRow() as slices:
+        hidden.sum().backward()
+    assert slices.count == 0
