@@ -57,6 +57,7 @@ def test_quickstart():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_preferences_and_reward_model():
     found = figures("02_preferences_and_reward_model.ipynb")
     assert 0.7 < found["accuracy"] < found["Bayes accuracy"]

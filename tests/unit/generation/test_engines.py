@@ -166,6 +166,7 @@ def test_only_untruncated_sampling_draws_from_the_policy_itself():
         assert not SamplingParameters(**other).samples_the_policy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["llama"], indirect=True)
 def test_continuous_batching_answers_alike_and_leaves_the_network_as_it_was(network):
     before = network.config._attn_implementation
