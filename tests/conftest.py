@@ -33,3 +33,11 @@ def private_cache(tmp_path_factory):
 def tiny():
     """Fields of a Llama that learns in seconds."""
     return dict(TINY)
+
+
+@pytest.fixture
+def short_prompts_are_shared(monkeypatch):
+    """Prompts of a few tokens are treated as long ones are, which are read once."""
+    from rlhf_lightning.models import trunk
+
+    monkeypatch.setitem(trunk.SHORTEST_SHARED, "cpu", 1)

@@ -58,28 +58,31 @@ def pack(attention_mask: Tensor) -> Packing:
     return Packing(places, positions, _runs(lengths.tolist()), (), at)
 
 
-def pack_with_shared_prompts(input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Packing:
+def pack_with_shared_prompts(
+    input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, shortest: int = 1
+) -> Packing:
     """Plan the same with one copy of a prompt that several rows begin with.
 
     Args:
         input_ids: Shape (batch, length), int64.
         attention_mask: True on real tokens. Same shape, bool.
         response_mask: What stands before its first True is a row's prompt. Same shape, bool.
+        shortest: Prompts of fewer tokens are laid once a row all the same.
     """
-    groups = _groups(input_ids, attention_mask, response_mask)
-    if all(len(rows) == 1 for rows in groups.values()):
+    groups = _groups(input_ids, attention_mask, response_mask, shortest)
+    if all(len(rows) == 1 for _, rows in groups):
         return pack(attention_mask)
     width, lengths = attention_mask.shape[1], attention_mask.sum(dim=1).tolist()
     starts = attention_mask.long().argmax(dim=1).tolist()
     # Whole rows, and the prompts that are shared, from the first row that has them: all are rows to a causal kernel.
-    whole = [(rows[0], len(prompt) if len(rows) > 1 else lengths[rows[0]]) for prompt, rows in groups.items()]
+    whole = [(rows[0], len(prompt) if len(rows) > 1 else lengths[rows[0]]) for prompt, rows in groups]
     whole = sorted((row for row in whole if row[1]), key=lambda row: row[1])
     pieces, spans, begins, end = [], [], {}, 0
     for row, length in whole:
         spans.append((row, starts[row], length, 0))
         begins[row] = end
         end += length
-    for prompt, rows in groups.items():
+    for prompt, rows in groups:
         for row in rows if len(rows) > 1 else []:
             rest = lengths[row] - len(prompt)
             spans.append((row, starts[row] + len(prompt), rest, len(prompt)))
@@ -91,21 +94,24 @@ def pack_with_shared_prompts(input_ids: Tensor, attention_mask: Tensor, response
     positions = torch.cat([torch.arange(n) + before for _, _, n, before in spans]).to(device)
     at = places.new_zeros(attention_mask.numel()).scatter_(0, places, torch.arange(len(places), device=device))
     at = at.view(attention_mask.shape)
-    for prompt, rows in groups.items():
+    for prompt, rows in groups:
         shared = at[rows[0], starts[rows[0]] : starts[rows[0]] + len(prompt)].clone()
         for row in rows[1:]:
             at[row, starts[row] : starts[row] + len(prompt)] = shared
     return Packing(places, positions, _runs([length for _, length in whole]), tuple(pieces), at)
 
 
-def _groups(input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> dict[tuple[int, ...], list[int]]:
-    """The rows of each distinct prompt."""
+def _groups(
+    input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, shortest: int
+) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Each prompt with the rows that share it: a row alone where its prompt is too short to be shared."""
     before = attention_mask & (response_mask.cumsum(dim=1) == 0)
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, (ids, prompt) in enumerate(zip(input_ids.tolist(), before.tolist(), strict=True)):
         key = tuple(token for token, real in zip(ids, prompt, strict=True) if real)
         groups.setdefault(key, []).append(row)
-    return groups
+    shared = [(prompt, rows) for prompt, rows in groups.items() if len(prompt) >= shortest]
+    return shared + [(prompt, [row]) for prompt, rows in groups.items() if len(prompt) < shortest for row in rows]
 
 
 def _runs(lengths: list[int]) -> tuple[Run, ...]:

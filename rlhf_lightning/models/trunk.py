@@ -9,6 +9,10 @@ from transformers import PreTrainedModel
 from rlhf_lightning.models.attention import PackedRows, knows_rows, over_rows
 from rlhf_lightning.models.packing import pack, pack_with_shared_prompts
 
+# Shorter prompts are not worth sharing: what goes on from one is a call of its own on a CPU, and there rows of equal length
+# are one call together.
+SHORTEST_SHARED = {"cpu": 16, "cuda": 1}
+
 
 class States(NamedTuple):
     """Last hidden states, and where those of each token of the padded batch are.
@@ -31,14 +35,15 @@ def hidden_states(
         network: A causal model with a head of any kind.
         input_ids: Shape (batch, length), int64; padded on one side.
         attention_mask: True on real tokens. Shape (batch, length), bool.
-        response_mask: Given, a prompt that several rows share is read once: it is what stands before the first True.
-            Same shape, bool.
+        response_mask: Given, a prompt that several rows share is read once if it is long enough: it is what stands before
+            the first True. Same shape, bool.
     """
     if knows_rows(network):
         if response_mask is None:
             packing = pack(attention_mask)
         else:
-            packing = pack_with_shared_prompts(input_ids, attention_mask, response_mask)
+            shortest = SHORTEST_SHARED["cuda" if input_ids.is_cuda else "cpu"]
+            packing = pack_with_shared_prompts(input_ids, attention_mask, response_mask, shortest)
         tokens = input_ids.flatten()[packing.places]
         return States(over_rows(network, tokens, packing.positions, PackedRows(packing)), packing.at)
     hidden = _padded(network, input_ids, attention_mask)

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rlhf_lightning.models import trunk
 from rlhf_lightning.models.attention import NAME, knows_rows, use_rows
 from rlhf_lightning.models.packing import Run, pack
 from rlhf_lightning.models.trunk import hidden_states
@@ -163,7 +164,8 @@ def in_groups(side):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "mistral"])
-def test_a_prompt_that_rows_share_is_read_once_and_changes_nothing(kind, side):
+def test_a_prompt_that_rows_share_is_read_once_and_changes_nothing(kind, side, monkeypatch):
+    monkeypatch.setitem(trunk.SHORTEST_SHARED, "cpu", 1)
     model = build(kind)
     use_rows(model)
     ids, mask, response = in_groups(side)
@@ -194,8 +196,21 @@ class SlicesOfTheLongRow(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_gradient_does_not_grow_with_the_square_of_the_rows():
+def test_prompts_too_short_to_share_are_read_with_each_row(monkeypatch):
+    model = build("llama")
+    use_rows(model)
+    ids, mask, response = in_groups("right")
+    counts = []
+    for shortest in (1, 2, 3, 4):  # the prompts have 3, 1 and 2 tokens, the last of them one row alone
+        monkeypatch.setitem(trunk.SHORTEST_SHARED, "cpu", shortest)
+        counts.append(len(hidden_states(model, ids, mask, response).hidden))
+    every = int(mask.sum())
+    assert counts == [every - 2 * 3 - 3 * 1, every - 2 * 3, every - 2 * 3, every]
+
+
+def test_the_gradient_does_not_grow_with_the_square_of_the_rows(monkeypatch):
     """64 pairs of the embedded world spent more on zeros between their rows than on all matrix products."""
+    monkeypatch.setitem(trunk.SHORTEST_SHARED, "cpu", 1)
     model = build("llama")
     use_rows(model)
     hidden = hidden_states(model, *in_groups("right")).hidden
