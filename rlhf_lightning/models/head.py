@@ -10,8 +10,11 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.functional.token_scores import TokenScores, logit_gradient, token_scores
 
-# Logits made at a time. Larger chunks measured no faster on a CPU; a GPU wants its matrix products tall.
-CHUNK = {"cpu": 2**20, "cuda": 2**27}
+# Positions at a time. With fewer, the gradient of the head's weights is added up too often; with more, logits leave the
+# caches of a CPU.
+ROWS = {"cpu": 256, "cuda": 4096}
+# Logits made at a time, at most.
+CHUNK = {"cpu": 2**25, "cuda": 2**27}
 # Log-probabilities kept until the backward; those of further chunks are computed again.
 KEPT = {"cpu": 2**26, "cuda": 2**27}
 
@@ -64,7 +67,7 @@ def head_scores(
     """
     weights = [p for p in network.get_output_embeddings().parameters() if p.requires_grad]
     device, vocabulary = "cuda" if hidden.is_cuda else "cpu", network.config.get_text_config().vocab_size
-    rows, kept = (max(limit[device] // vocabulary, 1) for limit in (CHUNK, KEPT))
+    rows, kept = max(min(ROWS[device], CHUNK[device] // vocabulary), 1), KEPT[device] // vocabulary
     trains = torch.is_grad_enabled() and (hidden.requires_grad or bool(weights))
     job = _Job(
         lambda h: head_logits(network, h),
