@@ -10,7 +10,7 @@ from benchmarks.problem import ONLINE
 
 QUIET = 0.95  # CPU seconds a wall second; less, and others had a part of the core
 TOLERANCE = {"32": 1e-4, "bf16": 2e-2}  # relative; a bfloat16 number has three digits
-JUDGE = "naive"
+JUDGES = ("naive", "bare")  # the first that is there
 
 Line = dict[str, Any]
 
@@ -87,7 +87,7 @@ def _row(side: str, median: Line, found: dict[str, Line], rate: str, tolerance: 
         *(_number(median.get(key)) for key in COUNTERS),
         parts,
     ]
-    ours, judge = found.get("ours"), found.get(JUDGE)
+    ours, judge = found.get("ours"), next((found[side] for side in JUDGES if side in found), None)
     faster = f"{ours[rate] / median[rate]:.2f}x" if ours else "-"
     memory = f"{ours['peak_rss_mb'] / median['peak_rss_mb']:.2f}x" if ours else "-"
     same = agreement(median, judge, tolerance) if judge else "not compared"

@@ -69,7 +69,7 @@ def test_one_disturbed_run_makes_every_ratio_one_of_cpu_seconds():
     assert "disturbed" in table(noisy).splitlines()[0]
 
 
-def test_equality_is_held_against_the_naive_side():
+def test_equality_is_held_against_the_naive_side_or_the_bare_one():
     judge = line("naive", 1, loss=8.0, grad_norm=0.5)
     assert agreement(line("x", 1, loss=8.0 * (1 + 9e-5), grad_norm=0.5), judge, 1e-4) == "equal"
     assert agreement(line("x", 1, loss=8.0, grad_norm=0.5 * (1 - 2e-4)), judge, 1e-4) == "grad_norm off by 2.0e-04"
@@ -78,6 +78,8 @@ def test_equality_is_held_against_the_naive_side():
     rows = cells([judge, line("ours", 1, loss=8.16)])
     assert rows["ours"]["first step"].endswith("loss off by 2.0e-02")
     assert "not compared" in cells([line("ours", 1)])["ours"]["first step"]
+    without = cells([line("bare", 1, loss=8.0), line("ours", 1, loss=8.16)])
+    assert without["ours"]["first step"].endswith("loss off by 2.0e-02")
 
 
 def test_a_table_holds_one_kind_of_run():
