@@ -74,7 +74,7 @@ TOY: dict[str, Any] = {
     "epochs": 2,
     "steps": (1, 2),
     "ppo_steps": (1, 1),
-    "prompt": Lengths(5, 0.5, 2, 12),
+    "prompt": Lengths(20, 0.3, 16, 32),  # a prompt of under 16 tokens is not shared on a CPU
     "response": Lengths(6, 0.7, 2, 16),
 }
 GPU: dict[str, Any] = {
