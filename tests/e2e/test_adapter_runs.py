@@ -52,7 +52,7 @@ def check_exports(folder, rank):
     with torch.no_grad():
         before = base(ids).logits
         peft = PeftModel.from_pretrained(base, folder / "export" / "adapter")(ids).logits
-        torch.testing.assert_close(merged(ids).logits, peft, rtol=1e-5, atol=5e-5)  # merged, the sums are taken in another order
+        torch.testing.assert_close(merged(ids).logits, peft, rtol=1e-5, atol=5e-5)  # sums in another order
         assert (peft - before).abs().max() > 0.1
     config = json.loads((folder / "export" / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["base_model_name_or_path"]) == (rank, str(MODEL))

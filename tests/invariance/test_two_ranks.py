@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,12 @@ from tests.invariance.subjects import ARCHITECTURES, SUBJECTS, Trace, run, scala
 ROOT = Path(__file__).parents[2]
 
 
-def on_two_ranks(folder: Path, subject: str, strategy: str) -> list[dict[tuple[str, str], Trace]]:
-    """The traces of each rank, by architecture and layout."""
+def on_two_ranks(folder: Path, strategy: str, subjects: list[str]) -> list[dict[str, dict[tuple[str, str], Trace]]]:
+    """The traces of each rank, by subject, then by architecture and layout: one start for all of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "tests.invariance.on_ranks", str(folder), subject, strategy]
+    command = [sys.executable, "-m", "tests.invariance.on_ranks", str(folder), strategy, *subjects]
     threads = {"OMP_NUM_THREADS": "1", "NODE_RANK": "0"}
     ranks = [
         subprocess.Popen(
@@ -46,7 +47,7 @@ def on_two_ranks(folder: Path, subject: str, strategy: str) -> list[dict[tuple[s
         for rank in range(2)
     ]
     try:
-        errors = [process.communicate(timeout=240)[1] for process in ranks]
+        errors = [process.communicate(timeout=500)[1] for process in ranks]
     finally:
         for process in ranks:
             process.kill()  # the one that waits for a rank that is gone; a SIGTERM it would take as a wish to stop
@@ -62,18 +63,17 @@ def scalars(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def shared(scalars):
-    """Gives the traces of both ranks; each run is made once."""
-    done = {}
+def shared(request, scalars):
+    """Gives the traces of both ranks; all subjects that this session asks about run in one pair of processes a strategy."""
+    items = [item for item in request.session.items if item.path == request.path]
+    subjects = sorted({item.callspec.params["subject"] for item in items if "subject" in item.fixturenames})
     folder = Path(scalars["rotary"]).parent
 
-    def traces(subject, strategy):
-        key = subject, strategy
-        if key not in done:
-            done[key] = on_two_ranks(folder, subject, strategy)
-        return done[key]
+    @cache
+    def traces(strategy):
+        return on_two_ranks(folder, strategy, subjects)
 
-    return traces
+    return lambda subject, strategy: [rank[subject] for rank in traces(strategy)]
 
 
 def same_as_one(traces, subject, scalars):
@@ -95,15 +95,12 @@ def test_two_ranks_do_as_one(subject, shared, scalars):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "subject", [name if name == "ppo" else pytest.param(name, marks=pytest.mark.exhaustive) for name in SUBJECTS]
-)
+@pytest.mark.parametrize("subject", SUBJECTS)
 def test_two_ranks_with_half_of_the_weights_each_do_as_one(subject, shared, scalars):
     same_as_one(shared(subject, "fsdp2"), subject, scalars)
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_shards_change_nothing(subject, shared):
     """DDP and FSDP2 sum in another order: single gradients in float32 show it, the weights that come out hardly do."""
