@@ -69,7 +69,7 @@ def leaderboard(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         ``methods``: for each policy gold reward and KL (mean and half-width of the 95 % interval over seeds, and the figures of
-        each seed), seconds, and whether a seed lies above the envelope. ``envelope``: mean over the seeds.
+        each seed), median seconds, and whether a seed lies above the envelope. ``envelope``: mean over the seeds.
 
     Raises:
         UserError: If the reports do not speak of the same policies.
@@ -92,7 +92,9 @@ def leaderboard(reports: list[dict[str, Any]]) -> dict[str, Any]:
             "kl": spread(kl),
             "gold_of_seeds": gold,
             "kl_of_seeds": kl,
-            "seconds": float(np.mean([report["seconds"].get(name, math.nan) for report in reports])),
+            "seconds": float(
+                np.median([report["seconds"].get(name, math.nan) for report in reports])
+            ),  # machines are noisy
             "above_envelope": any(g - w > b for g, w, b in zip(gold, widths, best, strict=True)),
         }
     mean = {axis: np.mean([curve[axis] for curve in curves], axis=0).tolist() for axis in ("kl", "gold")}

@@ -42,7 +42,7 @@ def report(seed, **gold):
     return {
         "seed": seed,
         "policies": where,
-        "seconds": dict.fromkeys(gold, 10.0 * seed),
+        "seconds": dict.fromkeys(gold, 10.0 * seed**2),
         "envelope": {"kl": [0.0, 1.0, 9.0], "gold": [0.0, 0.5, 0.5]},
     }
 
@@ -53,12 +53,12 @@ def test_means_and_intervals_over_seeds_by_hand(tmp_path):
     assert ppo["gold"]["mean"] == pytest.approx(0.46)
     assert ppo["gold"]["half"] == pytest.approx(4.303 * 0.06 / math.sqrt(3))
     assert ppo["kl"]["mean"] == pytest.approx(3.0)
-    assert ppo["seconds"] == 20.0
+    assert ppo["seconds"] == 40.0
     assert not ppo["above_envelope"]  # .52 is within its own interval of .5
     picture = write_leaderboard(board, tmp_path)
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert json.loads((tmp_path / "leaderboard.json").read_text())["seeds"] == [1, 2, 3]
-    assert (tmp_path / "leaderboard.md").read_text().splitlines()[2] == "| ppo | 0.46 ± 0.15 | 3.00 | 20 |"
+    assert (tmp_path / "leaderboard.md").read_text().splitlines()[2] == "| ppo | 0.46 ± 0.15 | 3.00 | 40 |"
 
 
 def test_a_method_above_the_envelope_is_told():
