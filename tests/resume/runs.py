@@ -328,10 +328,11 @@ def free_port() -> int:
 
 def differences(one: Path, other: Path) -> list[str]:
     """Where two finished runs differ: every logged number, the exported weights, and all that the last checkpoint holds."""
-    found = []
-    for name in ("metrics.csv", "export/model.safetensors"):
-        if (one / name).read_bytes() != (other / name).read_bytes():
-            found.append(name)
+    weights = [{str(path.relative_to(run)) for path in run.glob("export/**/model.safetensors")} for run in (one, other)]
+    if not weights[0] or weights[0] != weights[1]:  # an ensemble has a file for each member
+        return [f"exports: {weights[0]} and {weights[1]}"]
+    names = ["metrics.csv", *sorted(weights[0])]
+    found = [name for name in names if (one / name).read_bytes() != (other / name).read_bytes()]
     last = [checkpoint_file.read(folder / "checkpoints" / checkpoint_file.LAST) for folder in (one, other)]
     for checkpoint in last:  # its state is the paths of the files that it keeps
         checkpoint["callbacks"] = {
