@@ -92,9 +92,7 @@ def leaderboard(reports: list[dict[str, Any]]) -> dict[str, Any]:
             "kl": spread(kl),
             "gold_of_seeds": gold,
             "kl_of_seeds": kl,
-            "seconds": float(
-                np.median([report["seconds"].get(name, math.nan) for report in reports])
-            ),  # machines are noisy
+            "seconds": float(np.median([report["seconds"].get(name, math.nan) for report in reports])),
             "above_envelope": any(g - w > b for g, w, b in zip(gold, widths, best, strict=True)),
         }
     mean = {axis: np.mean([curve[axis] for curve in curves], axis=0).tolist() for axis in ("kl", "gold")}
