@@ -15,7 +15,7 @@ from rlhf_lightning.data.formats import Converter, detect_format, find_format
 from rlhf_lightning.data.rows import Row
 from rlhf_lightning.data.sources import Kind
 from rlhf_lightning.data.streams import stream_rows
-from rlhf_lightning.data.tokenization import FULL_LENGTH, Tokenization
+from rlhf_lightning.data.tokenization import COUNTED, Tokenization
 from rlhf_lightning.errors import UserError
 
 CHUNK_ROWS = 256
@@ -156,8 +156,8 @@ class ChunkEncoder:
                 rows.append({**new, **self.others(row, place)})
         kept = []
         remarks = Counter({f"left out: {reason}": count for reason, count in self.converter.dropped.items()})
-        encoded = self.tokenization.encode(rows, places)
-        for number, place, row, made in zip(numbers, places, rows, encoded, strict=True):
+        for source, made in self.tokenization.encode_each(rows, places):
+            number, place, row = numbers[source], places[source], rows[source]
             keep, remark = self.tokenization.remark(made, place)
             remarks.update([remark] if remark else [])
             if keep:
@@ -169,7 +169,7 @@ class ChunkEncoder:
         return {
             name: np.array(value, dtype=self.types[name]) if name in self.types else value
             for name, value in made.items()
-            if name != FULL_LENGTH
+            if name not in COUNTED
         }
 
     def others(self, row: Row, place: str) -> Row:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_lightning.data.loss_flags import FLAGS, read_flag
 from rlhf_lightning.errors import UserError
 
 Message = dict[str, Any]
@@ -20,6 +21,8 @@ ROLES = {
     "function_call": "assistant",
     "developer": "system",
 }
+# What an assistant message may hold in place of content.
+SAID_BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 KNOWN_ROLES = ("system", "user", "assistant", "tool")
 
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -35,8 +38,10 @@ def is_conversation(value: object) -> bool:
     )
 
 
-def read_message(value: object, column: str) -> Message:
+def read_message(value: object, column: str, *, may_be_empty: bool = False) -> Message:
     """One message as ``{"role", "content"}`` and whatever else it carried (``tool_calls``, ``name``).
+
+    A message that is not to be learnt has ``train`` false, see :mod:`.loss_flags`.
 
     Raises:
         UserError: If it has no known role, or no content where the role needs some.
@@ -51,11 +56,12 @@ def read_message(value: object, column: str) -> Message:
         )
     said = value.get("content")
     content = flatten_content(value.get("value") if said is None else said, column)
-    if not content.strip() and role != "tool" and not value.get("tool_calls"):
+    says_something = role == "assistant" and any(value.get(name) for name in SAID_BESIDE_CONTENT)
+    if not content.strip() and role != "tool" and not says_something and not may_be_empty:
         raise UserError(f"column '{column}' has an empty {role} message")
-    spelt = ("role", "from", "content", "value", "weight")
+    spelt = ("role", "from", "content", "value", *FLAGS)
     extras = {k: v for k, v in value.items() if k not in spelt and v is not None}
-    return {"role": role, "content": content, **extras}
+    return {"role": role, "content": content, **extras, **read_flag(value, column)}
 
 
 def flatten_content(content: object, column: str) -> str:
@@ -73,8 +79,8 @@ def flatten_content(content: object, column: str) -> str:
     )
 
 
-def read_messages(value: object, column: str) -> list[Message]:
-    """A list of messages in canonical spelling.
+def read_messages(value: object, column: str, *, may_be_empty: bool = False) -> list[Message]:
+    """A list of messages in canonical spelling; ``may_be_empty`` is about the last one's content.
 
     Raises:
         UserError: If the list is missing or empty, or a message is malformed.
@@ -83,7 +89,19 @@ def read_messages(value: object, column: str) -> list[Message]:
         value = [value]
     if not isinstance(value, list) or not value:
         raise UserError(f"column '{column}' is {'empty' if value in (None, [], '') else 'not a list of messages'}")
-    return [read_message(message, column) for message in value]
+    last = len(value) - 1
+    return [
+        read_message(message, column, may_be_empty=may_be_empty and index == last)
+        for index, message in enumerate(value)
+    ]
+
+
+def answer_start(messages: Sequence[Message]) -> int:
+    """Index of the first message of the last assistant turn; the number of messages where they do not end with one."""
+    start = len(messages)
+    while start and messages[start - 1]["role"] == "assistant":
+        start -= 1
+    return start
 
 
 def split_at_answer(messages: Sequence[Message], column: str) -> tuple[list[Message], list[Message]]:
@@ -94,9 +112,10 @@ def split_at_answer(messages: Sequence[Message], column: str) -> tuple[list[Mess
     """
     if messages[-1]["role"] != "assistant":
         raise UserError(f"column '{column}' ends with a {messages[-1]['role']} message; the answer must come last")
-    if len(messages) == 1:
+    start = answer_start(messages)
+    if not start:
         raise UserError(f"column '{column}' has an answer and no prompt")
-    return list(messages[:-1]), [messages[-1]]
+    return list(messages[:start]), list(messages[start:])
 
 
 def is_hh(text: object) -> bool:

@@ -20,6 +20,7 @@ from rlhf_lightning.data.sources import Kind, Source
 from rlhf_lightning.data.splits import Split, find_tokenizer, load_splits
 from rlhf_lightning.data.streaming import Known, StreamLoader, check_stream
 from rlhf_lightning.data.streams import StreamSource
+from rlhf_lightning.data.template_inputs import set_default_variables
 from rlhf_lightning.data.tokenization import Tokenization
 
 log = logging.getLogger(__name__)
@@ -46,11 +47,12 @@ class RowsDataModule(lightning.LightningDataModule):
         num_workers: int,
         seed: int,
         bucket_batches: int = 1,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.source, self.tokenizer_path, self.format, self.split = source, tokenizer, format, split
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.bucket_batches = bucket_batches
+        self.bucket_batches, self.chat_template_kwargs = bucket_batches, chat_template_kwargs
         self.rows: dict[str, Dataset] = {}
         self._fingerprint: dict[str, Any] = {}
         self._stream: StreamLoader | None = None
@@ -77,6 +79,7 @@ class RowsDataModule(lightning.LightningDataModule):
 
     def _load(self) -> None:
         self.tokenizer = find_tokenizer(self.tokenizer_path, self.source, self.trainer)
+        set_default_variables(self.tokenizer, self.chat_template_kwargs)
         splits = load_splits(self.source, self.kind, self.format, self.split)
         self.rows = {name: self.tokenization()().tokenize(rows) for name, rows in splits.items()}
 

@@ -35,6 +35,7 @@ class PretrainingMixDataModule(PromptDataModule):
         split: Split = Split(),  # noqa: B008  (frozen)
         num_workers: int = 0,
         seed: int = 0,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Remember what to load; arguments as in :class:`.prompts.PromptDataModule`, and these.
 
@@ -44,7 +45,14 @@ class PretrainingMixDataModule(PromptDataModule):
             max_length: Longest row in tokens; longer ones lose their end.
         """
         super().__init__(
-            source, tokenizer, batch_size, max_prompt_length, split=split, num_workers=num_workers, seed=seed
+            source,
+            tokenizer,
+            batch_size,
+            max_prompt_length,
+            split=split,
+            num_workers=num_workers,
+            seed=seed,
+            chat_template_kwargs=chat_template_kwargs,
         )
         if rows_per_prompt < 1:
             raise UserError(f"data.rows_per_prompt is at least 1, not {rows_per_prompt}")

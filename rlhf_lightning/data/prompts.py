@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_lightning.data.collate import PromptCollator
 from rlhf_lightning.data.loaders import RowLoader
@@ -29,6 +29,7 @@ class PromptDataModule(RowsDataModule):
         split: Split = Split(),  # noqa: B008  (frozen)
         num_workers: int = 0,
         seed: int = 0,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Remember what to load; arguments as in :class:`.demonstrations.DemonstrationDataModule`, and these.
 
@@ -38,7 +39,7 @@ class PromptDataModule(RowsDataModule):
             long_prompts: What becomes of longer ones.
             validation_prompts: How many held-out prompts each validation answers; None for all.
         """
-        super().__init__(source, tokenizer, batch_size, format, split, num_workers, seed)
+        super().__init__(source, tokenizer, batch_size, format, split, num_workers, seed, 1, chat_template_kwargs)
         self.max_prompt_length, self.validation_prompts = max_prompt_length, validation_prompts
         self.long_prompts: Literal["error", "drop"] = long_prompts
 

@@ -23,10 +23,10 @@ def text(row: Row) -> Example:
     return Example(text=read_string(row, "text"))
 
 
-def hh_dialogue(row: Row, column: str) -> list[Message]:
+def hh_dialogue(row: Row, column: str, *, may_be_empty: bool = False) -> list[Message]:
     """Some of the real hh-rlhf dialogues end with an assistant who says nothing; those teach nothing."""
     messages = parse_hh(read_string(row, column))
-    if not messages[-1]["content"]:
+    if not messages[-1]["content"] and not may_be_empty:
         raise NoSignalError("an empty answer")
     return messages
 
@@ -41,9 +41,9 @@ def system_message(row: Row) -> list[Message]:
     return [{"role": "system", "content": given}] if given else []
 
 
-def whole_conversation(row: Row, column: str) -> list[Message]:
+def whole_conversation(row: Row, column: str, *, may_be_empty: bool = False) -> list[Message]:
     """The messages of a column, after the system prompt."""
-    return [*system_message(row), *read_messages(row.get(column), column)]
+    return [*system_message(row), *read_messages(row.get(column), column, may_be_empty=may_be_empty)]
 
 
 def messages(row: Row) -> Example:
@@ -55,13 +55,16 @@ def sharegpt(row: Row) -> Example:
 
 
 def labelled_messages(row: Row) -> Example:
-    prompt, completion = split_at_answer(whole_conversation(row, "messages"), "messages")
-    return Example(prompt=prompt, completion=completion, label=read_label(row, "label"))
+    label = read_label(row, "label")
+    prompt, completion = split_at_answer(whole_conversation(row, "messages", may_be_empty=not label), "messages")
+    return Example(prompt=prompt, completion=completion, label=label)
 
 
 def labelled_sharegpt(row: Row) -> Example:
-    prompt, completion = split_at_answer(whole_conversation(row, "conversations"), "conversations")
-    return Example(prompt=prompt, completion=completion, label=read_label(row, "kto_tag"))
+    label = read_label(row, "kto_tag")
+    whole = whole_conversation(row, "conversations", may_be_empty=not label)
+    prompt, completion = split_at_answer(whole, "conversations")
+    return Example(prompt=prompt, completion=completion, label=label)
 
 
 def prompt_only(row: Row) -> Example:
@@ -74,8 +77,10 @@ def prompt_completion(row: Row) -> Example:
 
 
 def unpaired(row: Row) -> Example:
-    prompt = read_prompt(row)
-    return Example(prompt=prompt, completion=read_answer(row, "completion", prompt), label=read_label(row, "label"))
+    prompt, label = read_prompt(row), read_label(row, "label")
+    return Example(
+        prompt=prompt, completion=read_answer(row, "completion", prompt, may_be_empty=not label), label=label
+    )
 
 
 def stepwise(row: Row) -> Example:
@@ -135,8 +140,8 @@ def solution(row: Row, labels: list[float | None]) -> Example:
 
 def explicit_pair(row: Row, prompt: Prompt) -> Example:
     """The two answers to a prompt that is known."""
-    chosen, rejected = (read_answer(row, column, prompt) for column in ("chosen", "rejected"))
-    return Example(prompt=prompt, chosen=chosen, rejected=rejected)
+    chosen = read_answer(row, "chosen", prompt)
+    return Example(prompt=prompt, chosen=chosen, rejected=read_answer(row, "rejected", prompt, may_be_empty=True))
 
 
 def conversation_pair(chosen: list[Message], rejected: list[Message]) -> Example:
@@ -150,7 +155,8 @@ def conversation_pair(chosen: list[Message], rejected: list[Message]) -> Example
 def implicit_preference(row: Row) -> Example:
     """A pair of whole texts or conversations."""
     if is_conversation(row.get("chosen")):
-        return conversation_pair(read_messages(row["chosen"], "chosen"), read_messages(row.get("rejected"), "rejected"))
+        rejected_messages = read_messages(row.get("rejected"), "rejected", may_be_empty=True)
+        return conversation_pair(read_messages(row["chosen"], "chosen"), rejected_messages)
     chosen, rejected = read_string(row, "chosen"), read_string(row, "rejected")
     if chosen == rejected:  # where the prompt ends can't be told
         raise NoSignalError("the same text as chosen and rejected")
@@ -159,7 +165,7 @@ def implicit_preference(row: Row) -> Example:
 
 
 def hh_preference(row: Row) -> Example:
-    return conversation_pair(hh_dialogue(row, "chosen"), hh_dialogue(row, "rejected"))
+    return conversation_pair(hh_dialogue(row, "chosen"), hh_dialogue(row, "rejected", may_be_empty=True))
 
 
 def preference(row: Row) -> Example:
@@ -184,7 +190,9 @@ def sharegpt_preference(row: Row) -> Example:
 def swift_preference(row: Row) -> Example:
     """ms-swift: a conversation with the good answer, and the bad answer beside it."""
     prompt, chosen = split_at_answer(whole_conversation(row, "messages"), "messages")
-    return Example(prompt=prompt, chosen=chosen, rejected=read_answer(row, "rejected_response", prompt))
+    return Example(
+        prompt=prompt, chosen=chosen, rejected=read_answer(row, "rejected_response", prompt, may_be_empty=True)
+    )
 
 
 def alpaca_prompt(row: Row) -> list[Message]:

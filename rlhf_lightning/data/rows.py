@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_lightning.data.loss_flags import without_flags
 from rlhf_lightning.data.messages import Message, Prompt, read_messages
 from rlhf_lightning.errors import UserError
 
@@ -60,11 +61,11 @@ class Example:
     step_labels: list[float | None] | None = None
 
 
-def read_string(row: Row, column: str) -> str:
-    """A column that must hold text.
+def read_string(row: Row, column: str, *, may_be_empty: bool = False) -> str:
+    """A column that must hold text; text of whitespace alone is empty.
 
     Raises:
-        UserError: If it is missing, null, empty or not text.
+        UserError: If it is missing, null or not text, or empty and ``may_be_empty`` is false.
     """
     value = row.get(column)
     if value is None:
@@ -72,6 +73,8 @@ def read_string(row: Row, column: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"column '{column}' holds {type(value).__name__} {value!r:.40} where text belongs")
     if not value.strip():
+        if may_be_empty:
+            return ""
         raise UserError(f"column '{column}' is empty")
     return value
 
@@ -145,30 +148,40 @@ def read_weight(row: Row) -> float:
 
 
 def read_prompt(row: Row) -> Prompt:
-    """The column "prompt": text, or messages that end where the assistant is to answer.
+    """The column "prompt": text, or messages; where these end with the assistant, the answer continues the last of them.
 
     Raises:
-        UserError: If it is empty or ends with the assistant.
+        UserError: If it is empty or ends with a tool call.
     """
     if not isinstance(row.get("prompt"), list):
         return read_string(row, "prompt")
     messages = read_messages(row["prompt"], "prompt")
-    if messages[-1]["role"] == "assistant":
-        raise UserError("column 'prompt' ends with an assistant message; it must end where the assistant is to begin")
+    if messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip():
+        raise UserError(
+            "column 'prompt' ends with an assistant message without text, such as a tool call: nothing can continue it; add "
+            "the tool's result, or leave the message out"
+        )
     return messages
 
 
-def read_answer(row: Row, column: str, prompt: Prompt) -> Prompt:
+def read_answer(row: Row, column: str, prompt: Prompt, *, may_be_empty: bool = False) -> Prompt:
     """Text after a text, messages after messages; a bare text after messages becomes the assistant's turn.
+
+    Messages may repeat the prompt before the answer. An answer that ``may_be_empty`` is taught as EOS alone.
 
     Raises:
         UserError: If it is empty or does not begin with the assistant.
     """
     value = row.get(column)
     if isinstance(prompt, str) or not isinstance(value, list | dict):
-        answer = read_string(row, column)
+        answer = read_string(row, column, may_be_empty=may_be_empty)
         return answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
-    messages = read_messages(value, column)
+    messages = read_messages(value, column, may_be_empty=may_be_empty)
+    if len(messages) > len(prompt) and without_flags(messages[: len(prompt)]) == without_flags(prompt):
+        messages = messages[len(prompt) :]
     if messages[0]["role"] != "assistant":
-        raise UserError(f"column '{column}' begins with a {messages[0]['role']} message; it must hold the answer alone")
+        raise UserError(
+            f"column '{column}' begins with a {messages[0]['role']} message; it must hold the answer alone, or the complete "
+            "prompt before it"
+        )
     return messages

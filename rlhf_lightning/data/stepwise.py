@@ -31,6 +31,7 @@ class StepwiseDataModule(RowsDataModule):
         split: Split = Split(),  # noqa: B008  (frozen)
         num_workers: int = 0,
         seed: int = 0,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Remember what to load; arguments as in :class:`.demonstrations.DemonstrationDataModule`, and these.
 
@@ -40,7 +41,7 @@ class StepwiseDataModule(RowsDataModule):
             separator: What stands behind every step; None for that of the model in training, else a newline.
             train_on_last_step_only: Of each solution, the last labelled step counts alone, in validation too.
         """
-        super().__init__(source, tokenizer, batch_size, None, split, num_workers, seed, bucket_batches=8)
+        super().__init__(source, tokenizer, batch_size, None, split, num_workers, seed, 8, chat_template_kwargs)
         self.max_length, self.separator, self.train_on_last_step_only = max_length, separator, train_on_last_step_only
         self.long_rows: Literal["drop", "error"] = long_rows
 

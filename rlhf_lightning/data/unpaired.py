@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from rlhf_lightning.data.collate import UnpairedCollator
 from rlhf_lightning.data.limits import numbers
@@ -31,13 +32,16 @@ class UnpairedDataModule(RowsDataModule):
         num_workers: int = 0,
         seed: int = 0,
         bucket_batches: int = 8,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Remember what to load; arguments as in :class:`.demonstrations.DemonstrationDataModule`.
 
         ``batch_size`` counts completions. Those longer than ``max_length`` are dropped: to cut them would judge other texts
         than the annotator saw.
         """
-        super().__init__(source, tokenizer, batch_size, format, split, num_workers, seed, bucket_batches)
+        super().__init__(
+            source, tokenizer, batch_size, format, split, num_workers, seed, bucket_batches, chat_template_kwargs
+        )
         self.max_length = max_length
 
     def tokenization(self) -> Callable[[], Tokenization]:

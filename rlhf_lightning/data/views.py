@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from rlhf_lightning.data.messages import split_at_answer
+from rlhf_lightning.data.loss_flags import without_flags
+from rlhf_lightning.data.messages import Prompt, split_at_answer
 from rlhf_lightning.data.ranked import as_pairs, as_ranking, best
 from rlhf_lightning.data.rows import Example, NoSignalError, Row
 from rlhf_lightning.data.sources import Kind
@@ -84,13 +85,14 @@ def as_prompt(example: Example) -> Row:
     Raises:
         UserError: If the row is plain text, of which no part is a prompt.
     """
-    if example.prompt is not None:
-        return {"prompt": example.prompt}
-    if example.messages is None:
+    prompt: Prompt | None = example.prompt
+    if prompt is None and example.messages is None:
         raise UserError("plain text has no prompt; give a column 'prompt'")
-    if example.messages[-1]["role"] != "assistant":
-        return {"prompt": example.messages}
-    return {"prompt": split_at_answer(example.messages, "messages")[0]}
+    if prompt is None and example.messages[-1]["role"] != "assistant":
+        prompt = example.messages
+    elif prompt is None:
+        prompt = split_at_answer(example.messages, "messages")[0]
+    return {"prompt": prompt if isinstance(prompt, str) else without_flags(prompt)}
 
 
 VIEWS: dict[Kind, Callable[[Example], Row | list[Row]]] = {

@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.data.splits import Split, load_splits
+from rlhf_lightning.data.template_inputs import TEMPLATE_COLUMNS
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.native import engine_for
@@ -39,6 +40,8 @@ class PromptRows:
         limit: The first so many; None for all.
         format: Name of the row format where it should not be detected.
         split: What is held out; the same as in training.
+        chat_template_kwargs: Variables of the chat template; None for those that the policy was trained with, which its
+            tokenizer remembers. A row's own column of that name comes before.
     """
 
     source: Source | str
@@ -46,6 +49,7 @@ class PromptRows:
     limit: int | None = None
     format: str | None = None
     split: Split = Split()  # noqa: RUF009  (frozen)
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def load(self) -> Dataset:
         """The rows.
@@ -104,7 +108,16 @@ class Scorer:
                 zip(samples.completions, samples.truncated, samples.completion_ids, strict=True)
             )
         ]
-        return [{"prompt": prompt, "samples": answers[i * n : (i + 1) * n]} for i, prompt in enumerate(rows["prompt"])]
+        # What the prompt was rendered with, so that what learns from the answers renders it alike.
+        inputs = {name: rows[name] for name in TEMPLATE_COLUMNS if name in rows}
+        return [
+            {
+                "prompt": prompt,
+                **{name: values[i] for name, values in inputs.items()},
+                "samples": answers[i * n : (i + 1) * n],
+            }
+            for i, prompt in enumerate(rows["prompt"])
+        ]
 
     def _check_room(self, prompt_length: int) -> None:
         limit = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)

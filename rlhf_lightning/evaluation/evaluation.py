@@ -199,10 +199,14 @@ class RewardEvaluation(Evaluation):
         if reward is None:
             raise UserError("RewardEvaluation has no reward: give one, or a stage that trains a reward model")
         reward.prepare("cpu")
-        prompts = list(load_splits(self.source, "prompts", None, self.split)["validation"]["prompt"])[: self.prompts]
+        held_out = load_splits(self.source, "prompts", None, self.split)["validation"]
+        columns = held_out[: self.prompts]
+        prompts = columns.pop("prompt")
         base = next(iter(policies))
         answers = {
-            name: Answerer(path, policies[base]).answer(prompts, self.sampling, samples=self.samples, seed=0)
+            name: Answerer(path, policies[base]).answer(
+                prompts, self.sampling, samples=self.samples, seed=0, columns=columns
+            )
             for name, path in policies.items()
         }
         scores = {name: _scores(reward, given) for name, given in answers.items()}
