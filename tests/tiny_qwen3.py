@@ -1,4 +1,4 @@
-"""A model folder of the shape of Qwen3 that is made in a second: its tokenizer, a template that rewrites history, few weights."""
+"""A model folder of the shape of Qwen3, made in a second: tokenizer, a template that rewrites history, few weights."""
 
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from tests.chat_templates import byte_tokenizer
 TEMPLATE = """\
 {%- set ns = namespace(query=-1) %}
 {%- for m in messages %}{% if m.role == 'user' %}{% set ns.query = loop.index0 %}{% endif %}{% endfor %}
-{%- if tools %}{{ '<|im_start|>system\\n' }}{% for t in tools %}{{ t | tojson }}{{ '\\n' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endif %}
+{%- if tools %}{{ '<|im_start|>system\\n' }}
+    {%- for t in tools %}{{ t | tojson }}{{ '\\n' }}{% endfor %}{{ '<|im_end|>\\n' }}
+{%- endif %}
 {%- for m in messages %}
     {%- if m.role == 'tool' %}
         {{- '<|im_start|>user\\n<tool_response>\\n' + m.content + '\\n</tool_response><|im_end|>\\n' }}

@@ -74,7 +74,7 @@ class Renderer:
             )
         control = control_tokens(tokenizer)
         self.eos, self.markers, self._control = eos_token(tokenizer), control.turns, control.all
-        self._template = tokenizer.get_chat_template(None, inputs.tools)  # type: ignore[arg-type]
+        self._template = tokenizer.get_chat_template(None, inputs.tools)
         self._tools = None if inputs.tools is None else literal_leaves(inputs.tools, self._control)
         own: dict[str, Any] = {} if not inputs.variables else literal_leaves(dict(inputs.variables), self._control)
         self._variables = {**tokenizer.special_tokens_map, **default_variables(tokenizer), **own}
@@ -119,7 +119,7 @@ class Renderer:
         text, spans = self._render(messages, return_assistant_tokens_mask=True)
         return text, [(start, end) for start, end in spans]
 
-    def _render(self, messages: Sequence[Message], **settings: bool) -> tuple[str, Any]:
+    def _render(self, messages: Sequence[Message], **settings: Any) -> tuple[str, Any]:
         try:
             rendered: Any = render_jinja_template(
                 conversations=[[self._speakable(message) for message in messages]],

@@ -44,8 +44,8 @@ def notes(row: Row, inputs: TemplateInputs, plans: Sequence[Sequence[Piece]]) ->
 
 def tool_names(tools: Iterable[dict[str, Any]]) -> list[str]:
     """Names of the functions that tools describe, or of calls; those without one are left out."""
-    functions = [tool.get("function") if isinstance(tool.get("function"), dict) else tool for tool in tools]
-    names = [function.get("name") for function in functions]
+    functions = [(tool, tool.get("function")) for tool in tools]
+    names = [(inner if isinstance(inner, dict) else tool).get("name") for tool, inner in functions]
     return [name for name in names if isinstance(name, str)]
 
 

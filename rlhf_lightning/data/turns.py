@@ -193,7 +193,8 @@ def cut(text: str, spans: Sequence[Span], begin: int, eos: str, response: int = 
 
     What follows the EOS of a span that ends the text is dropped; after any other span it belongs to the next piece.
     """
-    pieces, position = [], begin
+    pieces: list[Piece] = []
+    position = begin
     for start, stop, scored in spans:
         stop += len(eos) if text.startswith(eos, stop) else 0
         answer = close_turn(text[start:stop], eos)

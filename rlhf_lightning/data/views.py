@@ -85,12 +85,14 @@ def as_prompt(example: Example) -> Row:
     Raises:
         UserError: If the row is plain text, of which no part is a prompt.
     """
-    prompt: Prompt | None = example.prompt
-    if prompt is None and example.messages is None:
+    prompt: Prompt
+    if example.prompt is not None:
+        prompt = example.prompt
+    elif example.messages is None:
         raise UserError("plain text has no prompt; give a column 'prompt'")
-    if prompt is None and example.messages[-1]["role"] != "assistant":
+    elif example.messages[-1]["role"] != "assistant":
         prompt = example.messages
-    elif prompt is None:
+    else:
         prompt = split_at_answer(example.messages, "messages")[0]
     return {"prompt": prompt if isinstance(prompt, str) else without_flags(prompt)}
 

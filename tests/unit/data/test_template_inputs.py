@@ -3,6 +3,7 @@
 import pytest
 from datasets import Dataset
 
+from rlhf_lightning.commands.sample import select
 from rlhf_lightning.data.demonstrations import DemonstrationDataModule
 from rlhf_lightning.data.encoding import encode_prompt
 from rlhf_lightning.data.prompts import PromptDataModule
@@ -19,12 +20,14 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.rewards.reward import Samples
 from rlhf_lightning.rewards.reward_model import RewardModelReward
 from rlhf_lightning.rollouts.prompts import as_prompt_batch
+from rlhf_lightning.rollouts.selection import BestOfN
 from tests.chat_templates import CALL, RESULT, TEMPLATES, TOOL, bot, byte_tokenizer, user
 
 SWITCH = TEMPLATES["no system"].replace(
     "assistant\n' }}",
     "assistant\n' }}{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}",
 )
+SAMPLE = {"text": "a", "score": 1.0, "truncated": False}
 OFF, ON = {"enable_thinking": False}, {"enable_thinking": True}
 
 
@@ -162,3 +165,10 @@ def test_a_remark_of_a_stream_is_the_same(tokenizer):
 def test_tools_as_text():
     assert tools_of({"tools": '[{"name": "f"}]'}) == [{"name": "f"}]
     assert tools_of({"tools": ""}) is tools_of({"tools": []}) is tools_of({}) is None
+
+
+def test_sampled_rows_bring_what_their_prompt_was_rendered_with():
+    candidate = {"prompt": [user("q")], "tools": [TOOL], "chat_template_kwargs": OFF, "samples": [SAMPLE]}
+    (row,) = select([candidate], BestOfN(), {"seed": 0})
+    assert (row["tools"], row["chat_template_kwargs"]) == ([TOOL], OFF)
+    assert "tools" not in select([{"prompt": [user("q")], "samples": [SAMPLE]}], BestOfN(), {"seed": 0})[0]
