@@ -1,8 +1,12 @@
 """Only what the assistant says is scored, and not what a message says is not to be; prompts are continued and recognised."""
 
+import json
+from functools import partial
+
 import pytest
 from datasets import Dataset
 
+from rlhf_lightning.data.chunks import NUMBER, Chunks, make_reading
 from rlhf_lightning.data.collate import PreferenceCollator, UnpairedCollator
 from rlhf_lightning.data.encoding import encode_messages, encode_pair, encode_prompt
 from rlhf_lightning.data.formats import to_canonical
@@ -185,6 +189,8 @@ def test_a_row_a_turn_is_said_once_with_its_count(caplog):
     assert caplog.text.count("2 of 3 are single assistant turns of longer conversations") == 1
     again = tokenized(demonstrations(tokenizer, "assistant"), "demonstrations", *rows)  # from the cache
     assert again.to_list() == got.to_list()
+    assert caplog.text.count("2 of 3 are single assistant turns") == 2
+    assert "damaged" not in caplog.text
 
 
 def test_dialogues_whose_earlier_answers_are_not_learnt_are_counted(tokenizer, caplog):
@@ -375,3 +381,16 @@ def test_a_truncated_answer_has_no_end_under_every_mask(tokenizer):
     for mask in ("completion", "assistant", "all"):
         (got,) = tokenized(demonstrations(tokenizer, mask), "demonstrations", row)
         assert tokenizer.decode(got["input_ids"]).endswith("assistant\na")
+
+
+def test_a_stream_makes_a_row_a_turn_too(tmp_path):
+    tokenizer = byte_tokenizer(TEMPLATES["empty think block"])
+    talks = [[user("q"), bot("a"), user("r"), bot("b")], [user("q"), bot("a")]]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    reading = make_reading([file], "demonstrations", None, partial(demonstrations, tokenizer, "assistant"), None)
+    (chunk,) = Chunks(reading, 0)
+    whole = tokenized(demonstrations(tokenizer, "assistant"), "demonstrations", *({"messages": talk} for talk in talks))
+    assert [row["input_ids"].tolist() for row in chunk.rows] == whole["input_ids"][:]
+    assert [row[NUMBER] for row in chunk.rows] == [0, 0, 1]
+    assert sum(count for remark, count in chunk.remarks.items() if "single assistant turns" in remark) == 2
