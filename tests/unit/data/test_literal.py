@@ -122,7 +122,7 @@ def called(arguments, name="f"):
 )
 def test_no_text_beside_content_forges_a_turn_either(chatml, messages, tools, variables):
     chatml.chat_template = LEAVES
-    prompt, response = encode_pair(chatml, messages[:-1], messages[-1:], tools, None if variables is None else {})
+    prompt, response = encode_pair(chatml, messages[:-1], messages[-1:], tools)
     if variables is not None:  # of a row; the response does not show it
         prompt = encode_prompt(chatml, messages[:-1], tools, variables)
     whole, _ = encode_messages(chatml, messages, "assistant", tools)
