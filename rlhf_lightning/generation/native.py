@@ -4,13 +4,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.logprobs import log_softmax
 from rlhf_lightning.functional.token_scores import LEAST
 from rlhf_lightning.generation.engine import Generation, GenerationEngine, SamplingParameters
-from rlhf_lightning.generation.sampling import drawn, filtered
+from rlhf_lightning.generation.sampling import LogitsRules, drawn, filtered
+from rlhf_lightning.generation.stop_strings import stop_strings_of
 from rlhf_lightning.generation.store import Decode, Prefill, Store
 from rlhf_lightning.models.attention import knows_rows, over_rows
 from rlhf_lightning.models.head import head_logits
@@ -53,6 +54,7 @@ class NativeEngine(GenerationEngine):
         *,
         eos_ids: list[int],
         pad_id: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Generation:
         if not knows_rows(network):
             raise UserError(
@@ -65,7 +67,10 @@ class NativeEngine(GenerationEngine):
         store, logits = self._prefill(network, input_ids, attention_mask, sampling.max_new_tokens)
         lengths, ends = attention_mask.sum(dim=1), torch.tensor(eos_ids, device=device)
         rows = torch.arange(count, device=device)
+        rules = LogitsRules(sampling, input_ids, attention_mask, logits.shape[-1], eos_ids)
+        stops = stop_strings_of(sampling, tokenizer)
         for step in range(sampling.max_new_tokens):
+            logits = rules.apply(logits, step)
             if sampling.temperature == 0:
                 new = logits.argmax(-1)
             else:
@@ -77,11 +82,15 @@ class NativeEngine(GenerationEngine):
             tokens[rows, step] = new
             self.work.tokens += len(rows)
             going_on = ~torch.isin(new, ends)
+            if stops is not None:
+                going_on &= ~stops.completed(tokens[rows, : step + 1])
+            rules.saw(new)
             if step + 1 == sampling.max_new_tokens or not bool(going_on.any()):
                 break
             if not bool(going_on.all()):
                 moved = store.keep(going_on)
                 rows, new = rows[moved], new[moved]
+                rules.keep(moved)
             logits = self._decode(network, new, lengths[rows] + step, store)
         width = step + 1
         if not sampling.samples_the_policy:
@@ -130,7 +139,9 @@ class NativeEngine(GenerationEngine):
 
 def engine_for(sampling: SamplingParameters) -> GenerationEngine:
     """The engine that the parameters name, or a native one."""
-    return sampling.engine or NativeEngine()
+    engine = sampling.engine or NativeEngine()
+    engine.expect(sampling)
+    return engine
 
 
 def _distinct(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,18 +1,33 @@
 """Generation through transformers' own ``generate``, and through its continuous batching."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Generation, GenerationEngine, SamplingParameters
+from rlhf_lightning.generation.sampling import penalized, seen_tokens
+from rlhf_lightning.generation.stop_strings import StopStrings, stop_strings_of
 
 
 class TransformersEngine(GenerationEngine):
-    """Every sampling default stated, so that nothing in a model's folder changes the distribution; for any architecture."""
+    """Generates with transformers' own ``generate``, for any architecture.
+
+    Nothing in a model's folder changes the distribution: its generation config is set aside.
+    """
 
     def __init__(self, continuous_batching: bool = False) -> None:
         """Args: ``continuous_batching`` fills the place of a finished row with the next prompt; made for GPUs."""
@@ -28,17 +43,45 @@ class TransformersEngine(GenerationEngine):
         *,
         eos_ids: list[int],
         pad_id: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Generation:
         config = generation_settings(sampling, eos_ids=eos_ids, pad_id=pad_id)
-        own, network.generation_config = network.generation_config, config
-        try:
+        with no_defaults_of_the_model(network, config):
             if self.continuous_batching:
+                refuse_dropped(sampling)
                 return Generation(_continuously(network, input_ids, attention_mask, config))
             generate: Any = network.generate
-            output = generate(inputs=input_ids, attention_mask=attention_mask.long(), generation_config=config)
-        finally:
-            network.generation_config = own
+            output = generate(
+                inputs=input_ids,
+                attention_mask=attention_mask.long(),
+                generation_config=config,
+                **generation_rules(sampling, attention_mask, tokenizer),
+            )
         return Generation(output[:, input_ids.shape[1] :])
+
+
+@contextmanager
+def no_defaults_of_the_model(network: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Put a generation config in the place of the model's own, from which ``generate`` would fill in every unset field."""
+    own, network.generation_config = network.generation_config, config
+    try:
+        yield
+    finally:
+        network.generation_config = own
+
+
+def refuse_dropped(sampling: SamplingParameters) -> None:
+    """Refuse what continuous batching would drop with a warning.
+
+    Raises:
+        UserError: If there is such a setting.
+    """
+    dropped = {"repetition_penalty": sampling.repetition_penalty != 1, "min_new_tokens": sampling.min_new_tokens != 0}
+    if names := [name for name, used in dropped.items() if used]:
+        raise UserError(
+            f"transformers' continuous batching ignores {' and '.join(names)}; set continuous_batching: false, or use the "
+            "native engine"
+        )
 
 
 def _continuously(
@@ -66,9 +109,65 @@ def _continuously(
 
 
 def generation_settings(sampling: SamplingParameters, *, eos_ids: list[int], pad_id: int) -> GenerationConfig:
-    """Our sampling parameters in transformers' words."""
+    """Sampling parameters as a generation config.
+
+    Repetition penalty and stop strings are not part of it: see :func:`generation_rules`.
+    """
     greedy = sampling.temperature == 0
-    drawn = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    fields: dict[str, Any] = {"min_new_tokens": sampling.min_new_tokens or None}
+    if not greedy:
+        fields |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        fields |= {"min_p": sampling.min_p or None}
     return GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens, do_sample=not greedy, eos_token_id=eos_ids, pad_token_id=pad_id, **drawn
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=not greedy,
+        eos_token_id=eos_ids,
+        pad_token_id=pad_id,
+        **fields,
     )
+
+
+def generation_rules(
+    sampling: SamplingParameters, attention_mask: Tensor, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Any]:
+    """Arguments of ``generate`` for what transformers has, but reads the padding or the prompt into.
+
+    Its repetition penalty counts the padding of short prompts as a token, and its stop strings may begin in the prompt.
+
+    Args:
+        sampling: How to sample.
+        attention_mask: True on the real tokens of the prompts. Shape (batch, prompt_length).
+        tokenizer: Needed for stop strings.
+    """
+    arguments: dict[str, Any] = {}
+    if sampling.repetition_penalty != 1:
+        penalty = PenaltyWithoutPadding(sampling.repetition_penalty, attention_mask)
+        arguments["logits_processor"] = LogitsProcessorList([penalty])
+    if (stops := stop_strings_of(sampling, tokenizer)) is not None:
+        criterion = StopAfterStrings(stops, attention_mask.shape[1])
+        arguments["stopping_criteria"] = StoppingCriteriaList([criterion])
+    return arguments
+
+
+class PenaltyWithoutPadding(LogitsProcessor):
+    """Repetition penalty on the real tokens of the prompt and on the response."""
+
+    def __init__(self, penalty: float, attention_mask: Tensor) -> None:
+        """Args: the penalty, and True on the real tokens of the prompts, shape (batch, prompt_length)."""
+        self.penalty, self.prompt_mask = penalty, attention_mask.bool()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        new = self.prompt_mask.new_ones(len(input_ids), input_ids.shape[1] - self.prompt_mask.shape[1])
+        seen = seen_tokens(input_ids, torch.cat([self.prompt_mask, new], dim=1), scores.shape[-1])
+        return penalized(scores, seen, self.penalty)
+
+
+class StopAfterStrings(StoppingCriteria):
+    """Ends a row after the token that completes a stop string."""
+
+    def __init__(self, stops: StopStrings, prompt_length: int) -> None:
+        """Args: finds the strings, and the length of the padded prompts."""
+        self.stops, self.prompt_length = stops, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return self.stops.completed(input_ids[:, self.prompt_length :])

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Generation, GenerationEngine, SamplingParameters
+from rlhf_lightning.generation.stop_strings import stop_strings_of
 from rlhf_lightning.generation.vllm_process import VLLMProcess
 from rlhf_lightning.generation.vllm_requests import generation, prompts_of, requests
 from rlhf_lightning.generation.vllm_weights import (
@@ -73,7 +74,14 @@ class VLLMEngine(GenerationEngine):
         self.options = options or {}
         self.vllm: VLLMProcess | None = None
         self._version: int | None = None
-        self._asleep = False
+        self._asleep = self._stops_at_strings = False
+
+    def expect(self, sampling: SamplingParameters) -> None:
+        if not sampling.stop_strings:
+            return
+        if self.vllm is not None and not self._stops_at_strings:
+            raise UserError("this VLLMEngine was started for sampling without stop strings; make another one for these")
+        self._stops_at_strings = True
 
     def take_weights(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, version: int) -> None:
         if self.vllm is not None and self._asleep:
@@ -83,7 +91,7 @@ class VLLMEngine(GenerationEngine):
             return
         weights = whole_weights(network)
         if self.vllm is None:
-            self.vllm = self._start(network, weights)
+            self.vllm = self._start(network, weights, tokenizer)
         else:
             self.transfer.send(network, weights, self.vllm)
             if has_tied_head(network) and network.device.type == "cpu":
@@ -102,11 +110,14 @@ class VLLMEngine(GenerationEngine):
         *,
         eos_ids: list[int],
         pad_id: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Generation:
         assert self.vllm is not None  # take_weights came first
         prompts = prompts_of(input_ids, attention_mask)
-        answers = self.vllm.answers(prompts, requests(len(prompts), sampling, eos_ids))
-        return generation(answers, sampling, pad_id, input_ids.device)
+        asked = requests(len(prompts), sampling, eos_ids, can_stop=self._stops_at_strings)
+        answers = self.vllm.answers(prompts, asked)
+        stops = stop_strings_of(sampling, tokenizer)
+        return generation(answers, sampling, pad_id, input_ids.device, eos_ids=eos_ids, stops=stops)
 
     def rest(self) -> None:
         if self.sleep and self.vllm is not None and not self._asleep:
@@ -119,8 +130,10 @@ class VLLMEngine(GenerationEngine):
             self.vllm.close()
             self.vllm, self._version, self._asleep = None, None, False
 
-    def _start(self, network: PreTrainedModel, weights: dict[str, Tensor]) -> VLLMProcess:
-        """vLLM with these weights."""
+    def _start(
+        self, network: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+    ) -> VLLMProcess:
+        """vLLM with these weights; with the tokenizer only where stop strings need it."""
         arguments = {
             "dtype": self.dtype or str(network.dtype).removeprefix("torch."),
             "kv_cache_memory_bytes": int(self.kv_cache_gib * GIB),
@@ -128,6 +141,7 @@ class VLLMEngine(GenerationEngine):
             "enable_prefix_caching": True,
             "use_tqdm_on_load": False,
             "worker_extension_cls": EXTENSION,
+            "skip_tokenizer_init": not self._stops_at_strings,
             # Elsewhere there is nothing to give up, and vLLM refuses to be asked for it.
             "enable_sleep_mode": self.sleep and network.device.type == "cuda",
         }
@@ -137,4 +151,6 @@ class VLLMEngine(GenerationEngine):
             os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
         with tempfile.TemporaryDirectory(prefix="vllm-start-") as folder:
             write_model(network, weights, folder)
+            if self._stops_at_strings:
+                tokenizer.save_pretrained(folder)
             return VLLMProcess(folder, network.device, arguments | self.options)

@@ -41,7 +41,6 @@ class VLLMProcess:
                 # What is asked for below rests on these.
                 self.llm: Any = LLM(
                     model=folder,
-                    skip_tokenizer_init=True,
                     generation_config="vllm",
                     logprobs_mode="processed_logprobs",
                     **arguments,

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import logging
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Generation, GenerationEngine, SamplingParameters
+from rlhf_lightning.generation.stop_strings import stop_strings_of
 from rlhf_lightning.generation.vllm_requests import Answer, generation, prompts_of, requests
 from rlhf_lightning.generation.vllm_weights import (
     CLOSE,
@@ -28,6 +30,8 @@ from rlhf_lightning.generation.vllm_weights import (
 )
 from rlhf_lightning.generation.vllm_worker import EXTENSION
 from rlhf_lightning.models.loading import embedding_weight
+
+log = logging.getLogger(__name__)
 
 START = (
     "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model FOLDER --dtype float32"
@@ -73,7 +77,7 @@ class VLLMServerEngine(GenerationEngine):
         self.server = Server(url, timeout)
         self.sleep, self.transfer, self.tolerance = sleep, transfer or Files(), tolerance
         self._version: int | None = None
-        self._asleep = False
+        self._asleep = self._warned = False
 
     def take_weights(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, version: int) -> None:
         first = not dist.is_initialized() or dist.get_rank() == 0
@@ -108,11 +112,20 @@ class VLLMServerEngine(GenerationEngine):
         *,
         eos_ids: list[int],
         pad_id: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Generation:
         prompts = prompts_of(input_ids, attention_mask)
+        stops = stop_strings_of(sampling, tokenizer)
+        if stops is not None and not self.server.has_tokenizer and not self._warned:
+            log.warning(
+                "the vLLM server has no tokenizer: it generates on after a stop string, and responses are cut afterwards; to "
+                "spare that time start it without --skip-tokenizer-init, from a folder that holds the policy's tokenizer"
+            )
+            self._warned = True
+        asked = requests(len(prompts), sampling, eos_ids, can_stop=self.server.has_tokenizer)
         with ThreadPoolExecutor(min(len(prompts), AT_ONCE)) as threads:
-            answers = list(threads.map(self.server.answer, prompts, requests(len(prompts), sampling, eos_ids)))
-        return generation(answers, sampling, pad_id, input_ids.device)
+            answers = list(threads.map(self.server.answer, prompts, asked))
+        return generation(answers, sampling, pad_id, input_ids.device, eos_ids=eos_ids, stops=stops)
 
     def rest(self) -> None:
         if not self.sleep:
@@ -128,7 +141,7 @@ class Server:
 
     def __init__(self, url: str, timeout: float) -> None:
         self.url, self.timeout = url.rstrip("/"), timeout
-        self.on_cpu = False
+        self.on_cpu = self.has_tokenizer = False
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """One request.
@@ -183,6 +196,7 @@ class Server:
             raise UserError(
                 f"the vLLM server at {self.url} takes no weights by {backend}; add --weight-transfer-config '{option}'"
             )
+        self.has_tokenizer = not model.get("skip_tokenizer_init", True)
         self.on_cpu = config["device_config"]["device"] == "cpu"
         extension = config["parallel_config"]["worker_extension_cls"]
         if self.on_cpu and has_tied_head(network) and extension != EXTENSION:

@@ -26,10 +26,10 @@ def check_sampling(sampling: SamplingParameters) -> None:
     Raises:
         UserError: If it is not.
     """
-    if not sampling.samples_the_policy:
+    if sampling.departures:
         raise UserError(
-            "learning from samples needs the log-probabilities of the distribution that was sampled: "
-            "temperature > 0, top_p 1, top_k 0"
+            "learning from samples needs the log-probabilities of the distribution that was sampled, and these settings of "
+            f"sampling change it: {', '.join(sampling.departures)}; leave them out (temperature must be above 0)"
         )
 
 

@@ -16,9 +16,9 @@ class Samples:
 
     Attributes:
         prompts: As the dataset gave them: text, or a list of messages.
-        completions: Text of the responses, without special tokens.
+        completions: Text of the responses, without special tokens; a stop string that ended one is part of it.
         completion_ids: Token ids of the responses under the policy's tokenizer, EOS included.
-        truncated: True where the response was cut off before EOS.
+        truncated: True where the response was cut off before EOS or a stop string.
         columns: Every other column of the dataset.
     """
 

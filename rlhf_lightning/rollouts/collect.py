@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.functional.logprobs import response_mask_from_tokens
 from rlhf_lightning.generation.engine import Generation, GenerationEngine, SamplingParameters
+from rlhf_lightning.generation.stop_strings import StopStrings, stop_strings_of
 from rlhf_lightning.models.actor_critic import ActorCriticOutput
 from rlhf_lightning.models.export import eos_ids
 from rlhf_lightning.models.frozen import Frozen
@@ -26,7 +28,7 @@ class Responses:
         attention_mask: Same shape, bool.
         sequence_mask: True on response tokens. Same shape, bool.
         response_mask: Its last T columns. Shape (batch, T), bool.
-        truncated: Shape (batch,), bool.
+        truncated: Whether a response has neither EOS nor stop string. Shape (batch,), bool.
         drawn: What the engine gave, log-probabilities and all; whatever follows the end of a response is still in it.
         samples: The same as text, for rewards and for people.
     """
@@ -47,17 +49,25 @@ def generate_responses(
     engine: GenerationEngine,
     sampling: SamplingParameters,
 ) -> Responses:
-    """Draw a response to every prompt and mark what counts of it."""
+    """Draw a response to every prompt and mark what counts of it.
+
+    A response ends with its first EOS, or with the token that completes its first stop string. Either way it is not truncated.
+    The text of the response is that of its tokens without the EOS; a stop string is part of it.
+    """
     ends = eos_ids(network, tokenizer)
     pad = int(tokenizer.pad_token_id)
-    drawn = engine.generate(network, batch.input_ids, batch.attention_mask, sampling, eos_ids=ends, pad_id=pad)
+    stops = stop_strings_of(sampling, tokenizer)
+    more: dict[str, Any] = {} if stops is None else {"tokenizer": tokenizer}
+    drawn = engine.generate(network, batch.input_ids, batch.attention_mask, sampling, eos_ids=ends, pad_id=pad, **more)
     tokens = drawn.tokens
     mask, truncated = response_mask_from_tokens(tokens, torch.tensor(ends, device=tokens.device))
+    if stops is not None:
+        mask, truncated = cut_after_stop_strings(tokens, mask, truncated, stops)
     tokens = tokens.masked_fill(~mask, pad)
     prompt_mask = torch.zeros_like(batch.attention_mask)
     ids = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
     # Without the closing EOS: some models end with a token that is not special to their tokenizer.
-    contents = [row if cut else row[:-1] for row, cut in zip(ids, truncated.tolist(), strict=True)]
+    contents = [row[:-1] if row[-1] in ends else row for row in ids]
     samples = Samples(
         prompts=batch.prompts,
         completions=tokenizer.batch_decode(contents, skip_special_tokens=True),
@@ -74,6 +84,29 @@ def generate_responses(
         drawn=drawn,
         samples=samples,
     )
+
+
+def cut_after_stop_strings(
+    tokens: Tensor, mask: Tensor, truncated: Tensor, stops: StopStrings
+) -> tuple[Tensor, Tensor]:
+    """End responses after the token that completes a stop string, also those of an engine that generated on.
+
+    Args:
+        tokens: Sampled token ids, anything after the end of a response. Shape (batch, length), int64.
+        mask: True up to and including the first EOS. Same shape, bool.
+        truncated: Whether there was no EOS. Shape (batch,), bool.
+        stops: Finds the stop strings.
+
+    Returns:
+        The mask and the truncation with the stop strings taken into account.
+    """
+    mask, truncated = mask.clone(), truncated.clone()
+    for row, (ids, keep) in enumerate(zip(tokens, mask, strict=True)):
+        end = stops.end(ids[keep].tolist())
+        if end is not None:
+            mask[row, end:] = False
+            truncated[row] = False
+    return mask, truncated
 
 
 @torch.no_grad()

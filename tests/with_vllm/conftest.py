@@ -24,12 +24,13 @@ torch.set_num_threads(1)
 class RunningServer:
     """vLLM's server as a user starts it, from a folder with other weights than the policy's."""
 
-    def __init__(self, folder, log, options):
+    def __init__(self, folder, log, options, tokenizer=False):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-        command += ["--dtype", "float32", "--skip-tokenizer-init", "--enable-scale-out"]
+        command += ["--dtype", "float32", "--enable-scale-out"]
+        command += [] if tokenizer else ["--skip-tokenizer-init"]
         command += ["--logprobs-mode", "processed_logprobs", "--enforce-eager", "--kv-cache-memory-bytes", str(2**27)]
         command += [
             "--max-num-seqs",
@@ -72,10 +73,12 @@ def start_server(tmp_path_factory):
     """Starts servers with the shape of the policy, and ends them all."""
     running = []
 
-    def start(*options, **fields):
+    def start(*options, tokenizer=None, **fields):
         scratch = tmp_path_factory.mktemp("server")
         policy(seed=99, **fields).save_pretrained(scratch / "model")
-        running.append(RunningServer(scratch / "model", scratch / "log", options))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch / "model")
+        running.append(RunningServer(scratch / "model", scratch / "log", options, tokenizer is not None))
         return running[-1].wait()
 
     yield start

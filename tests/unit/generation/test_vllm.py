@@ -47,7 +47,10 @@ def test_a_request_leaves_nothing_to_the_model_folder():
         "temperature": 0.7,
         "top_p": 0.9,
         "top_k": 4,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
         "max_tokens": 5,
+        "min_tokens": 0,
         "stop_token_ids": [2, 8],
         "ignore_eos": True,
         "logprobs": 0,
@@ -56,6 +59,44 @@ def test_a_request_leaves_nothing_to_the_model_folder():
     assert first["seed"] != second["seed"]
     torch.manual_seed(3)
     assert torch.randint(2**62, (2,)).tolist() == [first["seed"], second["seed"]]
+
+
+def test_the_options_have_the_names_that_vllm_gives_them():
+    sampling = SamplingParameters(9, min_p=0.1, repetition_penalty=1.2, min_new_tokens=3, stop_strings=["x", "\n"])
+    (request,) = requests(1, sampling, [2], can_stop=True)
+    assert {name: request[name] for name in ("min_p", "repetition_penalty", "min_tokens")} == {
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "min_tokens": 3,
+    }
+    assert request["stop"] == ["x", "\n"]
+    assert request["include_stop_str_in_output"]
+    assert request["detokenize"]  # vLLM finds stop strings in the text
+    assert not request["skip_special_tokens"]
+    (without,) = requests(1, sampling, [2], can_stop=False)
+    assert "stop" not in without
+    assert not without["detokenize"]
+
+
+def test_an_order_of_filters_that_only_vllm_has_is_refused():
+    with pytest.raises(UserError, match=r"vLLM applies min_p before top_p.*set one of"):
+        requests(1, SamplingParameters(min_p=0.1, top_p=0.9), [2])
+    requests(1, SamplingParameters(min_p=0.1, top_k=5), [2])  # these two commute
+    requests(1, SamplingParameters(min_p=0.1, top_p=0.9, temperature=0), [2])  # greedy: neither is applied
+
+
+def test_an_answer_that_stops_where_no_stop_string_ends_is_refused():
+    stops = SimpleNamespace(end=lambda tokens: 2 if tokens[:2] == [7, 8] else None)
+    sampling = SamplingParameters(3, stop_strings=["x"])
+    good = [
+        Answer([7, 8], [-1.0, -1.0], "stop"),
+        Answer([5, 2], [-1.0, -0.5], "stop"),
+        Answer([6] * 3, [0.0] * 3, "length"),
+    ]
+    drawn = generation(good, sampling, 0, CPU, eos_ids=[2], stops=stops)
+    assert drawn.tokens.tolist() == [[7, 8, 0], [5, 2, 0], [6, 6, 6]]
+    with pytest.raises(UserError, match="ended response 0 at a stop string that the policy's tokenizer does not find"):
+        generation([Answer([8, 7], [0.0, 0.0], "stop")], sampling, 0, CPU, eos_ids=[2], stops=stops)
 
 
 def test_greedy_requests_take_no_random_numbers():
