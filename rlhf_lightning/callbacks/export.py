@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.ensemble import ScalarEnsemble, members_of
-from rlhf_lightning.models.export import export_folder, export_members
+from rlhf_lightning.models.export import ExportDtype, export_folder, export_members
 from rlhf_lightning.models.merging import own_adapter, plain_weights
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import is_sharded, whole_state_dict
@@ -16,20 +16,27 @@ from rlhf_lightning.models.sharding import is_sharded, whole_state_dict
 class ExportAtEnd(Callback):
     """Writes ``export/`` into the run's folder; the next stage and everybody else starts from it."""
 
-    def __init__(self, folder: str | None = None, merge: bool = True) -> None:
-        """Args: where to, None for ``export`` in the run's folder; whether an adapter is written merged into its base, which
-        every next stage reads, beside ``adapter/``, which plain peft reads, or the latter alone.
+    def __init__(self, folder: str | None = None, merge: bool = True, dtype: ExportDtype = "source") -> None:
+        """Choose where and how to write.
+
+        Args:
+            folder: Where to; None for ``export`` in the run's folder.
+            merge: Write an adapter merged into its base, which every next stage reads, beside ``adapter/``, which plain peft
+                reads; false for the latter alone.
+            dtype: ``source`` writes the weights in the precision of the model that training started from; ``trained`` in the
+                one they were trained in, which keeps changes that are too small for half precision.
         """
-        self.folder, self.merge = folder, merge
+        self.folder, self.merge, self.dtype = folder, merge, dtype
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         run = trainer.default_root_dir
         try:
-            export_module(pl_module, self.folder or Path(run, "export"), trainer.is_global_zero, self.merge)
+            export_module(pl_module, self.folder or Path(run, "export"), trainer.is_global_zero, self.merge, self.dtype)
         except UserError as error:
             where = (f" --output {self.folder}" if self.folder else "") + ("" if self.merge else " --merge false")
+            where += "" if self.dtype == "source" else f" --dtype {self.dtype}"
             raise UserError(
                 f"{error}; training is done and kept in its checkpoint, make room and run: python -m rlhf_lightning export "
                 f"--run {run}{where}"
@@ -42,7 +49,9 @@ def gathered_weights(network: Any) -> dict[str, Any] | None:
     return whole_state_dict(network) if is_sharded(network) else None
 
 
-def export_module(module: Any, folder: str | Path, writes: bool = True, merge: bool = True) -> Path:
+def export_module(
+    module: Any, folder: str | Path, writes: bool = True, merge: bool = True, dtype: ExportDtype = "source"
+) -> Path:
     """Write what a module has trained: the policy, or the reward model with its normalisation.
 
     Args:
@@ -50,6 +59,7 @@ def export_module(module: Any, folder: str | Path, writes: bool = True, merge: b
         folder: Where to.
         writes: Whether this rank writes; every rank calls, for shards are gathered from all.
         merge: Write an adapter merged into its base too, not by itself alone. Without an adapter it is no matter.
+        dtype: As in :func:`~rlhf_lightning.models.export.export_folder`.
     """
     actor_critic = getattr(module, "actor_critic", None)
     trained = actor_critic.policy if actor_critic is not None else getattr(module, "policy", None) or module.network
@@ -58,8 +68,10 @@ def export_module(module: Any, folder: str | Path, writes: bool = True, merge: b
             member.describe_normalisation()
     if isinstance(trained, ScalarEnsemble):
         parts = [(member.network, gathered_weights(member.network)) for member in trained.models]
-        return export_members(parts, module.tokenizer, folder) if writes else Path(folder)
+        return export_members(parts, module.tokenizer, folder, dtype) if writes else Path(folder)
     weights = gathered_weights(trained.network)
     if (adapter := own_adapter(trained.network)) is not None:
         weights = plain_weights(trained.network, writes) if merge else {}
-    return export_folder(trained.network, module.tokenizer, folder, weights, adapter) if writes else Path(folder)
+    if not writes:
+        return Path(folder)
+    return export_folder(trained.network, module.tokenizer, folder, weights, adapter, dtype)

@@ -7,9 +7,16 @@ from rlhf_lightning.callbacks.export import export_module
 from rlhf_lightning.commands.restore import restored_module
 from rlhf_lightning.commands.run_folder import CONFIG
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.export import ExportDtype
 
 
-def export(run: str, checkpoint: str | None = None, output: str | None = None, merge: bool = True) -> None:
+def export(
+    run: str,
+    checkpoint: str | None = None,
+    output: str | None = None,
+    merge: bool = True,
+    dtype: ExportDtype = "source",
+) -> None:
     """Turn a run's checkpoint into a Hugging Face folder: safetensors, tokenizer, template, generation config.
 
     Args:
@@ -17,6 +24,8 @@ def export(run: str, checkpoint: str | None = None, output: str | None = None, m
         checkpoint: Which of its checkpoints; None for the last.
         output: Where to; None for ``export`` in the run's folder.
         merge: An adapter is written merged into its base, and by itself below that; false for the latter alone.
+        dtype: ``source`` writes the weights in the precision of the model that training started from; ``trained`` in the one
+            they were trained in.
     """
 
     folder = Path(run)
@@ -29,4 +38,4 @@ def export(run: str, checkpoint: str | None = None, output: str | None = None, m
             f"{path} does not exist; {'there are ' + ', '.join(found) if found else 'the run has no checkpoint'}"
         )
     module = restored_module(folder / CONFIG, read(path))
-    print(export_module(module, output or folder / "export", merge=merge))
+    print(export_module(module, output or folder / "export", merge=merge, dtype=dtype))

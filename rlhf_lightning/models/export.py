@@ -1,21 +1,37 @@
 """Write a network as a Hugging Face folder that plain transformers loads, whole or not at all."""
 
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapter_files import Adapter, write_adapter
-from rlhf_lightning.models.merging import skeleton
+from rlhf_lightning.models.loading import source_dtype
+from rlhf_lightning.models.merging import base_dtype, skeleton
 
+log = logging.getLogger(__name__)
+
+ExportDtype = Literal["source", "trained"]
 ADAPTER = "adapter"  # in a run's export
+# Settings of sampling in a generation config, with the values that change nothing.
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "top_h": None, "typical_p": 1.0}
+SAMPLING |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+RECOMMENDATIONS = (
+    *SAMPLING,
+    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "exponential_decay_length_penalty"),
+    *("min_new_tokens", "max_new_tokens", "min_length", "max_length"),
+    *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
+)
 MEMBER = "member_"  # how the folders of an ensemble's members begin, and their names in a state dict
 
 
@@ -25,6 +41,7 @@ def export_folder(
     folder: str | Path,
     weights: dict[str, Any] | None = None,
     adapter: Adapter | None = None,
+    dtype: ExportDtype = "source",
 ) -> Path:
     """Write weights (safetensors), config, generation config, tokenizer and chat template.
 
@@ -37,6 +54,7 @@ def export_folder(
         weights: The network's state dict, where the network itself holds only shards or has an adapter; empty to write the
             adapter alone.
         adapter: Goes into ``adapter/`` below the folder.
+        dtype: Of the weights: that of the folder which the network was loaded from, or the one that it was trained in.
 
     Returns:
         ``folder``.
@@ -46,7 +64,7 @@ def export_folder(
     """
     folder = Path(folder)
     with Writing(folder):
-        _export(network, tokenizer, folder, weights, adapter)
+        _export(network, tokenizer, folder, weights, adapter, dtype)
     return folder
 
 
@@ -54,6 +72,7 @@ def export_members(
     members: Sequence[tuple[PreTrainedModel, dict[str, Any] | None]],
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
+    dtype: ExportDtype = "source",
 ) -> Path:
     """Write the networks of an ensemble, each into a folder below one that is whole or not there at all.
 
@@ -61,6 +80,7 @@ def export_members(
         members: Each with its state dict, None where it holds that itself.
         tokenizer: The one that all were trained with.
         folder: Where to; replaced if it exists.
+        dtype: As in :func:`export_folder`.
 
     Returns:
         ``folder``.
@@ -74,7 +94,7 @@ def export_members(
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             for number, (network, weights) in enumerate(members):
-                _export(network, tokenizer, scratch / f"{MEMBER}{number}", weights, None)
+                _export(network, tokenizer, scratch / f"{MEMBER}{number}", weights, None, dtype)
             scratch.chmod(0o755)
             _replace_folder(scratch, folder)
         finally:
@@ -88,6 +108,7 @@ def _export(
     folder: Path,
     weights: dict[str, Any] | None,
     adapter: Adapter | None,
+    dtype: ExportDtype,
 ) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -95,7 +116,16 @@ def _export(
         if network.can_generate():
             network.generation_config = generation_config(network, tokenizer)
         if weights is None or weights:
-            plain = skeleton(network) if adapter is not None else network
+            wanted = source_dtype(network) if dtype == "source" else None
+            plain = network
+            if wanted not in (None, base_dtype(network)):
+                log.info(
+                    "%s: weights are written in %s, as the model had them that training started from", folder, wanted
+                )
+                weights = in_dtype(network.state_dict() if weights is None else weights, wanted)
+                plain = skeleton(network, wanted)
+            elif adapter is not None:
+                plain = skeleton(network)
             plain.save_pretrained(scratch, state_dict=weights)
             tokenizer.save_pretrained(scratch)
         if adapter is not None:
@@ -138,14 +168,45 @@ def _replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def in_dtype(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Floating-point weights in another precision. Weights that share memory, such as a tied head, share it afterwards too."""
+    cast: dict[tuple[int, torch.Size], Tensor] = {}
+    result = {}
+    for name, weight in weights.items():
+        weight = weight.detach()
+        key = weight.data_ptr(), weight.shape
+        if weight.is_floating_point() and key not in cast:
+            cast[key] = weight.to(dtype)
+        result[name] = cast[key] if weight.is_floating_point() else weight
+    return result
+
+
 def generation_config(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The special ids of the tokenizer, with every EOS that the network knew."""
+    """The recommendations of the model that the network came from, with the special ids of the tokenizer and every EOS.
+
+    It samples unless the model recommends greedy decoding. Training and evaluation here never read it.
+    """
+    own = network.generation_config
+    kept = {name: getattr(own, name, None) for name in RECOMMENDATIONS}
+    if (own.num_beams or 1) > 1:
+        kept |= {name: getattr(own, name, None) for name in ("num_beams", "length_penalty", "early_stopping")}
+    # transformers does not save a greedy config that has settings of sampling.
+    sampled = any(kept[name] not in (None, neutral) for name, neutral in SAMPLING.items())
+    kept["do_sample"] = own.do_sample is not False or sampled
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=eos_ids(network, tokenizer),
-        do_sample=True,
+        **{name: value for name, value in kept.items() if value is not None},
     )
+
+
+def recommendations(network: PreTrainedModel) -> str:
+    """What a model's generation config recommends for sampling, such as "temperature 0.6, top_p 0.95"; "" for nothing."""
+    own = network.generation_config
+    neutral = SAMPLING | {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    found = {name: getattr(own, name, None) for name in neutral}
+    return ", ".join(f"{name} {value}" for name, value in found.items() if value not in (None, neutral[name]))
 
 
 def eos_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

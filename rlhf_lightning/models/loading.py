@@ -25,6 +25,8 @@ from rlhf_lightning.models.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
+SOURCE_DTYPE = "_rlhf_source_dtype"  # attribute of a loaded model
+
 
 def load_causal_lm(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Load or build a causal language model whose vocabulary and special tokens fit the tokenizer; dropout is off.
@@ -125,6 +127,12 @@ def embedding_weight(model: PreTrainedModel) -> nn.Parameter:
     return weight
 
 
+def source_dtype(model: PreTrainedModel) -> torch.dtype | None:
+    """Precision of the weights in the folder that a model was loaded from; None if there was none, or it does not say."""
+    stored = getattr(model, SOURCE_DTYPE, None)
+    return stored if stored in (torch.float32, torch.bfloat16, torch.float16) else None
+
+
 def _from_path(auto: Any, spec: ModelSpec, members: int | None = None) -> tuple[PreTrainedModel, list[str]]:
     path = str(spec.path)
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
@@ -137,10 +145,13 @@ def _from_path(auto: Any, spec: ModelSpec, members: int | None = None) -> tuple[
     common = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     try:
         config = _without_dropout(AutoConfig.from_pretrained(path, **common))
+        stored = config.dtype  # loading overwrites it with the dtype that is asked for
         if auto is AutoModelForSequenceClassification:
             config.num_labels = _heads(config, members, path)
         if torch.get_default_device().type == "meta":  # another rank reads the weights and hands them on
-            return _without_weights(auto, config, spec), []
+            model = _without_weights(auto, config, spec)
+            setattr(model, SOURCE_DTYPE, stored)
+            return model, []
         model, info = auto.from_pretrained(
             path,
             config=config,
@@ -160,6 +171,7 @@ def _from_path(auto: Any, spec: ModelSpec, members: int | None = None) -> tuple[
                 f"model and add --import {path} to the command line"
             ) from error
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    setattr(model, SOURCE_DTYPE, stored)
     if has_adapter(model):  # transformers has put it in, and would save that alone
         raise UserError(f"{path} holds an adapter; give its base as `path`, and this as `adapter.path`")
     return model, sorted(info["missing_keys"])

@@ -118,12 +118,17 @@ def unquantized(network: PreTrainedModel) -> PretrainedConfig:
     return config
 
 
-def skeleton(network: PreTrainedModel) -> PreTrainedModel:
-    """A network of the same class without weights and without quantization, which writes plain weights to a folder."""
+def skeleton(network: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A network of the same class without weights and without quantization, which writes plain weights to a folder.
+
+    Args:
+        network: The network.
+        dtype: Of the weights that will be written; None for that of the network's.
+    """
     config = unquantized(network)
     with torch.device("meta"):
         plain = type(network)(config)
-    nn.Module.to(plain, base_dtype(network))
+    nn.Module.to(plain, dtype or base_dtype(network))
     if network.can_generate():
         plain.generation_config = network.generation_config
     return plain
