@@ -30,10 +30,10 @@ from rlhf_lightning.commands.export import export
 from rlhf_lightning.commands.fixed_points import fixed_points
 from rlhf_lightning.commands.ground_truth import ground_truth
 from rlhf_lightning.commands.imports import FLAG, POLICY, check_checkpoint, check_imports, take_imports
-from rlhf_lightning.commands.parser import CommandParser, TrainerParser, one_line, users_mistakes
+from rlhf_lightning.commands.parser import CommandParser, TrainerParser, keys_as_typed, one_line, users_mistakes
 from rlhf_lightning.commands.pipeline import pipeline
 from rlhf_lightning.commands.quiet import be_quiet
-from rlhf_lightning.commands.run_folder import ForgetFailedStart, RunFolder, SaveRunConfig
+from rlhf_lightning.commands.run_folder import ForgetFailedStart, RunFolder, SaveRunConfig, first_process
 from rlhf_lightning.commands.sample import sample
 from rlhf_lightning.data import message_trees  # noqa: F401
 from rlhf_lightning.data.corrupted_steps import CorruptedSteps  # noqa: F401
@@ -77,6 +77,11 @@ class RLHFCLI(LightningCLI):
         parser.add_lightning_class_args(ExportAtEnd, "export")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Heartbeat, "heartbeat")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        command, *rest = args
+        with keys_as_typed(self._subcommand_parsers.get(command, parser), rest):
+            super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
         """The command line wins over what a checkpoint remembers; our checkpoints hold no hyper-parameters at all."""
@@ -132,7 +137,12 @@ class RLHFCLI(LightningCLI):
         plugins = given if isinstance(given, list) else [given]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, WholeFiles(self.model)]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, MisconfigurationException) as error:  # about names such as that of a strategy
+            if first_process():
+                self.run_folder.abandon()
+            raise UserError(f"trainer: {one_line(str(error))}") from error
 
     def _run_subcommand(self, subcommand: str) -> None:
         with lost_ranks():
@@ -204,7 +214,8 @@ def run_command(name: str, args: list[str]) -> None:
     parser = CommandParser(prog=f"rlhf_lightning {name}", description=(function_.__doc__ or "").split("\n")[0])
     parser.add_argument("-c", "--config", action="config", help="Path to a configuration file.")
     parser.add_function_arguments(function_, fail_untyped=True, sub_configs=True)
-    parsed = parser.parse_args(args)
+    with keys_as_typed(parser, args):
+        parsed = parser.parse_args(args)
     check_imports(parsed)
     with users_mistakes():
         init = parser.instantiate_classes(parsed)

@@ -1,6 +1,6 @@
 """Parsers whose complaints are one line, like all others here."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -8,6 +8,7 @@ from jsonargparse import ArgumentParser, Namespace, _typehints
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rlhf_lightning.commands.imports import denied
+from rlhf_lightning.commands.typed_keys import explained
 from rlhf_lightning.errors import UserError
 
 # Lines of jsonargparse's nested messages that tell a user nothing.
@@ -27,18 +28,42 @@ def forget_other_class(parser: Any, previous: Any, value: Any) -> None:
 _typehints.discard_init_args_on_class_path_change = forget_other_class  # there is no setting for it
 
 
+class ParserError(UserError):
+    """What jsonargparse says of a command line; ``message`` has all its lines."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+        self.message = message
+
+
 class CommandParser(ArgumentParser):
     """For the commands beside the Trainer's."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise users_mistake(ex) or denied(str(message)) or UserError(one_line(str(message))) from ex
+        raise users_mistake(ex) or denied(str(message)) or ParserError(str(message)) from ex
 
 
 class TrainerParser(LightningArgumentParser):
     """For fit, validate, test and predict."""
 
     def error(self, message: Any, ex: Exception | None = None) -> NoReturn:
-        raise users_mistake(ex) or denied(str(message)) or UserError(one_line(str(message))) from ex
+        raise users_mistake(ex) or denied(str(message)) or ParserError(str(message)) from ex
+
+
+@contextmanager
+def keys_as_typed(parser: ArgumentParser, args: Sequence[str]) -> Iterator[None]:
+    """Parsing a command line: errors name keys and values as they were typed.
+
+    Args:
+        parser: That of the command.
+        args: The command line, without the command.
+    """
+    try:
+        yield
+    except ParserError as error:
+        if (better := explained(error.message, args, parser)) is not None:
+            raise UserError(better) from error
+        raise
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,8 @@ def _from_scratch(auto: Any, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase
         raise UserError(f"architecture.model_type {model_type!r} is unknown to transformers") from error
     for key in fields:
         if key not in known:
-            raise UserError(f"architecture.{key} is not a field of the {model_type} config; it would be ignored")
+            near = "".join(f" (did you mean {name}?)" for name in get_close_matches(key, known, 1))
+            raise UserError(f"architecture.{key} is not a field of the {model_type} config{near}; it would be ignored")
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **ids, **fields, **kwargs})
     model = auto.from_config(_without_dropout(config), attn_implementation=spec.attn_implementation)

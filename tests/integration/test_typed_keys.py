@@ -1,0 +1,258 @@
+"""Errors over a command line name the complete key, quote the value as typed, and suggest the nearest key."""
+
+import pytest
+
+from rlhf_lightning.cli import BuildOnly, run_trainer
+from rlhf_lightning.commands.parser import keys_as_typed
+from rlhf_lightning.commands.typed_keys import nearest
+from rlhf_lightning.errors import UserError
+from tests.integration.test_bad_input import SFT, WORLD, refused
+
+DPO = [
+    "fit",
+    "--model",
+    "DPOModule",
+    "--model.policy.path",
+    "x",
+    "--data",
+    "PreferenceDataModule",
+    "--data.source",
+    "x",
+]
+GRPO = ["fit", "--model", "GRPOModule", "--model.policy.path", "x", "--data", "PromptDataModule", "--data.source", "x"]
+GRPO += ["--model.reward"]
+FIT = [*SFT, *WORLD]
+SAMPLE = ["sample", "--policy.path", "x", "--prompts.source", "HHHWorld", "--reward", "GoldReward", "--output", "o"]
+
+
+class Built(Exception):
+    """Carries a parser out of the command line that built it."""
+
+
+class ParserOnly(BuildOnly):
+    def parse_arguments(self, parser, args):
+        raise Built(parser, self._subcommand_parsers)
+
+
+@pytest.fixture(scope="module")
+def trainer_parser():
+    """The parser of fit, validate, test and predict, built once: that takes longer than to use it."""
+    with pytest.raises(Built) as built:
+        run_trainer(["fit"], ParserOnly)
+    return built.value.args
+
+
+@pytest.fixture
+def error_of(trainer_parser, capsys):
+    """The error over a command line that is refused while it is parsed."""
+    parser, commands = trainer_parser
+
+    def error(*args):
+        if args[0] not in commands:
+            return refused(capsys, *args)
+        with pytest.raises(UserError) as refusal, keys_as_typed(commands[args[0]], args[1:]):
+            parser.parse_args(list(args))
+        return f"error: {refusal.value}"
+
+    return error
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_a_key_of_a_nested_class_is_named_from_its_root(error_of, command):
+    args = [command, *SFT[1:], *WORLD]
+    said = error_of(*args, "--model.sampling.temprature=0.5")
+    assert said == "error: --model.sampling.temprature is not a key; did you mean --model.sampling.temperature?"
+
+
+def test_the_commands_say_so(capsys):
+    said = refused(capsys, *SFT, *WORLD, "--model.sampling.temprature", "0.5")
+    assert said == "error: --model.sampling.temprature is not a key; did you mean --model.sampling.temperature?"
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([*FIT, "--data.splt", "1"], "--data.splt is not a key; did you mean --data.split?"),
+        (
+            [*FIT, "--data.split.validaton", "1"],
+            "--data.split.validaton is not a key; did you mean --data.split.validation?",
+        ),
+        (
+            [*FIT, "--model.policy.adapter.rnk", "4"],
+            "--model.policy.adapter.rnk is not a key; did you mean --model.policy.adapter.rank?",
+        ),
+        (
+            [*FIT, "--model.policy.adapter", "{rnk: 4}"],
+            "--model.policy.adapter.rnk is not a key; did you mean --model.policy.adapter.rank?",
+        ),
+        (
+            [*FIT, "--model.optimizer", "AdamW", "--model.optimizer.learning_rate", "1"],
+            "--model.optimizer.learning_rate is not a key; did you mean --model.optimizer.lr?",
+        ),
+        (
+            [*FIT, "--model.temperature", "1"],
+            "--model.temperature is not a key; did you mean --model.sampling.temperature?",
+        ),
+        ([*FIT, "--modle.sampling", "{}"], "--modle.sampling is not a key; did you mean --model.sampling?"),
+        (
+            [*FIT, "--model.schedule.kind", "x"],
+            "--model.schedule.kind is not a key; model.schedule has warmup, decay, final",
+        ),
+        (
+            [*FIT, "--model.sampling.stop_string", "x"],
+            "--model.sampling.stop_string is not a key; did you mean --model.sampling.stop_strings?",
+        ),
+        (
+            [*FIT, "--model.sampling.engine", "TransformersEngine", "--model.sampling.engine.continuos", "true"],
+            "--model.sampling.engine.continuos is not a key; did you mean --model.sampling.engine.continuous_batching?",
+        ),
+        ([*DPO, "--model.loss", "DPOLoss", "--model.loss.bta=1"], "--model.loss.bta is not a key; did you mean --model.loss.beta?"),
+        (
+            [*GRPO, "WeightedRewards", "--model.reward.rewards", "[{class_path: FunctionReward, init_args: {fnction: x}}]"],
+            "--model.reward.rewards.0.init_args.fnction is not a key; did you mean "
+            "--model.reward.rewards.0.init_args.function?",
+        ),
+        (
+            [*FIT, "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitr", "x"],
+            "--trainer.callbacks.monitr is not a key; did you mean --trainer.callbacks.monitor?",
+        ),
+        ([*SAMPLE, "--sampling.temprature", "1"], "--sampling.temprature is not a key; did you mean --sampling.temperature?"),
+        (["chat", "--model", "x", "--temprature", "1"], "--temprature is not a key; did you mean --temperature?"),
+        (["export", "--rn", "x"], "--rn is not a key; did you mean --run?"),
+        (["ground-truth", *GRPO[1:5], "--model.smpling", "3"], "--model.smpling is not a key; did you mean --model.sampling?"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)  # fmt: skip
+def test_an_unknown_key_is_named_in_full_with_the_nearest(error_of, args, said):
+    assert error_of(*args) == f"error: {said}"
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([*FIT, "--model.sampling.max_new_tokens", "1e3"], "--model.sampling.max_new_tokens: '1e3' is not a whole number"),
+        ([*FIT, "--model.sampling.temperature", "0,5"], "--model.sampling.temperature: '0,5' is not a number"),
+        ([*FIT, "--model.sampling.temperature=null"], "--model.sampling.temperature: 'null' is not a number"),
+        ([*FIT, "--model.sampling.temperature"], "--model.sampling.temperature needs a value"),
+        ([*FIT, "--model.optimizer", "AdamW", "--model.optimizer.lr", "fast"], "--model.optimizer.lr: 'fast' is not a number"),
+        ([*FIT, "--trainer.max_epochs", "many"], "--trainer.max_epochs: 'many' is not a whole number or null"),
+        (
+            [*FIT, "--model.policy.dtype", "bf16"],
+            "--model.policy.dtype: 'bf16' is not one of float32, bfloat16, float16; did you mean bfloat16?",
+        ),
+        ([*FIT, "--wandb", "onlin"], "--wandb: 'onlin' is not one of offline, online, disabled; did you mean online?"),
+        ([*FIT, "--model.policy.architecture", "nope"], "--model.policy.architecture: 'nope' is not a mapping or null"),
+        ([*DPO, "--model.loss", "DPOLos"], "--model.loss: 'DPOLos' is not a class that fits here; did you mean DPOLoss?"),
+        (["fit", "--model", "SFTModul", *WORLD], "--model: 'SFTModul' is not a class that fits here; did you mean SFTModule?"),
+        (
+            [*FIT, "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=x", "--trainer.callbacks.patience", "x"],
+            "--trainer.callbacks.patience: 'x' is not a whole number",
+        ),
+        ([*SAMPLE, "--sampling.temperature", "hot"], "--sampling.temperature: 'hot' is not a number"),
+        ([*SAMPLE, "--method", "BestOfM"], "--method: 'BestOfM' is not a class that fits here; did you mean BestOfN?"),
+        (["chat", "--model", "x", "--top_k", "1.5"], "--top_k: '1.5' is not a whole number"),
+        (["chat"], "--model is required; give it as a flag or in a config file"),
+        (["fit", *WORLD], "--model is required; give it as a flag or in a config file"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_bad_value_is_quoted_as_typed_under_its_full_key(error_of, args, said):
+    assert error_of(*args) == f"error: {said}"
+
+
+SFT_YAML = "model:\n  class_path: SFTModule\n  init_args:\n    policy: {{path: x}}\n    {}\n"
+CALLBACKS = "trainer:\n  callbacks:\n  - class_path: EarlyStopping\n    init_args: {monitor: x}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            SFT_YAML.format("sampling: {temprature: 0.5}"),
+            "model.init_args.sampling.temprature is not a key; did you mean model.init_args.sampling.temperature?",
+        ),
+        (SFT_YAML.format("sampling: {top_k: 1e1}"), "model.init_args.sampling.top_k: '1e1' is not a whole number"),
+        (SFT_YAML.format("polcy: 1"), "model.init_args.polcy is not a key; did you mean model.init_args.policy?"),
+        (
+            SFT_YAML.format("sampling: {engine: {class_path: TransformersEngine, init_args: {batching: true}}}"),
+            "model.init_args.sampling.engine.init_args.batching is not a key; did you mean "
+            "model.init_args.sampling.engine.init_args.continuous_batching?",
+        ),
+        ("modle: 1\n", "modle is not a key; did you mean model?"),
+        ("trainer: {max_step: 1}\n", "trainer.max_step is not a key; did you mean trainer.max_steps?"),
+        (
+            CALLBACKS + "  - class_path: LearningRateMonitor\n    init_args: {monitor: y}\n",
+            "trainer.callbacks.1.init_args.monitor is not a key of the class that is given there",
+        ),
+        (
+            CALLBACKS.replace("x}", "x, patience: long}"),
+            "trainer.callbacks.0.init_args.patience: 'long' is not a whole number",
+        ),
+        (
+            CALLBACKS.replace("EarlyStopping", "lightning.pytorch.callbacks.EarlyStoping"),
+            "trainer.callbacks.0.class_path: 'lightning.pytorch.callbacks.EarlyStoping' is not a class that fits here; did "
+            "you mean EarlyStopping?",
+        ),
+    ],
+)
+def test_in_a_config_file_the_file_is_named_too(tmp_path, error_of, text, said):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    command = ["fit", "-c", str(file), *WORLD] if "SFTModule" in text else ["fit", "-c", str(file), *SFT[1:], *WORLD]
+    assert error_of(*command) == f"error: {file}, {said}"
+
+
+def test_a_flag_wins_over_a_file_and_is_the_one_that_is_named(tmp_path, error_of):
+    file = tmp_path / "run.yaml"
+    file.write_text(SFT_YAML.format("sampling: {temperature: 0.5}"))
+    said = error_of("fit", "-c", str(file), *WORLD, "--model.sampling.temperature", "warm")
+    assert said == "error: --model.sampling.temperature: 'warm' is not a number"
+
+
+def test_other_commands_and_their_lists(tmp_path, capsys):
+    file = tmp_path / "pipeline.yaml"
+    file.write_text("output: o\nstages:\n- {name: a, config: [x.yaml]}\n- {name: b, confg: [x.yaml]}\n")
+    said = refused(capsys, "pipeline", "-c", str(file))
+    assert said == f"error: {file}, stages.1.confg is not a key; did you mean stages.1.config?"
+
+
+def test_a_file_that_is_no_yaml_is_named_with_its_line(tmp_path, error_of):
+    file = tmp_path / "broken.yaml"
+    file.write_text("trainer:\n  max_steps: [1\nmodel: x\n")
+    assert error_of("fit", "-c", str(file)).startswith(f"error: {file}, line 3: ")
+    assert "none.yaml" in error_of("fit", "-c", "none.yaml")
+
+
+def test_names_that_only_the_trainer_knows_are_one_line_too(tmp_path, capsys):
+    args = [*FIT, "--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.strategy", "fsdp9"]
+    said = refused(capsys, *args)
+    assert said.startswith("error: trainer: ")
+    assert "fsdp9" in said
+    assert not (tmp_path / "run").exists()
+
+
+KEYS = [
+    "model",
+    "model.sampling",
+    "model.sampling.temperature",
+    "model.lr",
+    "data",
+    "data.batch_size",
+    "trainer.max_steps",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.sampling.temprature", "model.sampling.temperature"),
+        ("model.temperature", "model.sampling.temperature"),
+        ("model.learning_rate", "model.lr"),
+        ("batch_size", "data.batch_size"),
+        ("trainer.max_step", "trainer.max_steps"),
+        ("modl.samplin.temperatur", None),
+        ("model.colour", None),
+    ],
+)
+def test_the_nearest_key(name, expected):
+    assert nearest(name, KEYS) == expected or (expected is None and nearest(name, KEYS) in (None, KEYS[2]))
