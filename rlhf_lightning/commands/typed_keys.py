@@ -295,7 +295,8 @@ def classes_in(kind: Any) -> list[type]:
 
 def _subclasses(base: type) -> Iterator[type]:
     yield base
-    for cls in type.__subclasses__(base):
+    below: list[type] = type.__subclasses__(base)
+    for cls in below:
         yield from _subclasses(cls)
 
 

@@ -1,5 +1,6 @@
 """Exported policies answer prompts; their answers are kept with what policy and reference think of them."""
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rlhf_lightning.rollouts.collect import generate_responses
 from rlhf_lightning.rollouts.prompts import as_prompt_batch
 
 BATCH = 500  # prompts a forward
+VERSIONS = itertools.count()  # of weights: one for each policy that is loaded
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Answerer:
         self.tokenizer = ready_tokenizer(str(folder))
         self.policy = self._load(folder).to(device)
         self.reference = self._load(reference).to(device)
-        self.device = device
+        self.device, self.version = device, next(VERSIONS)
 
     def _load(self, folder: str | Path) -> Frozen:
         return Frozen(PolicyNetwork(load_causal_lm(ModelSpec(path=str(folder)), self.tokenizer)))
@@ -105,7 +107,9 @@ class Answerer:
     ) -> tuple[list[str], Any, Any, Any]:
         batch = as_prompt_batch(self.tokenizer, prompts, columns, self.device)
         network: Any = self.policy.network.network
-        responses = generate_responses(batch, network, self.tokenizer, engine_for(sampling), sampling)
+        engine = engine_for(sampling)
+        engine.take_weights(network, self.tokenizer, self.version)
+        responses = generate_responses(batch, network, self.tokenizer, engine, sampling)
         inputs = responses.input_ids, responses.attention_mask, responses.sequence_mask
         log_ratio = self.policy(*inputs).logprobs - self.reference(*inputs).logprobs
         lengths = responses.response_mask.sum(1).float()

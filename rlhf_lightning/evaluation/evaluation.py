@@ -1,6 +1,7 @@
 """What is asked of exported models at the end of a pipeline, as objects that YAML names."""
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class WorldEvaluation(Evaluation):
         max_new_tokens: int = 24,
         shown: int = 12,
         envelope_samples: int = 0,
+        sampling: SamplingParameters | None = None,
     ) -> None:
         """Choose how much is asked.
 
@@ -77,16 +79,23 @@ class WorldEvaluation(Evaluation):
             samples: Sampled answers to each.
             best_of_prompts: Prompts of the best-of-n curve.
             best_of_samples: Largest n; 0 leaves the curve out.
-            max_new_tokens: Longest answer.
+            max_new_tokens: Longest answer, where ``sampling`` is None.
             shown: Prompts whose answers stand in the report.
             envelope_samples: Samples of the first policy to each prompt, from which the best attainable gold reward at each KL
                 is computed; 0 leaves that out.
+            sampling: How answers are sampled, with its own ``max_new_tokens``; None samples from the policy itself at
+                temperature 1. Greedy answers have the same settings at temperature 0.
         """
         self.envelope_samples = envelope_samples
         self.world, self.prompts, self.samples = world, prompts, samples
         self.best_of_prompts, self.best_of_samples, self.shown = best_of_prompts, best_of_samples, shown
-        self.sampled = SamplingParameters(max_new_tokens)
-        self.greedy = SamplingParameters(max_new_tokens, temperature=0)
+        self.sampled = sampling or SamplingParameters(max_new_tokens)
+        self.greedy = replace(self.sampled, temperature=0)
+        if envelope_samples and self.sampled.departures:
+            raise UserError(
+                "the envelope is computed from samples of the policy itself: leave out "
+                f"{', '.join(self.sampled.departures)}, or envelope_samples"
+            )
 
     def run(self, exports: dict[str, Path], seed: int) -> dict[str, Any]:
         world = self.world or HHHWorld(seed=seed)
@@ -179,6 +188,7 @@ class RewardEvaluation(Evaluation):
         samples: int = 2,
         max_new_tokens: int = 128,
         split: Split = Split(),  # noqa: B008  (frozen)
+        sampling: SamplingParameters | None = None,
     ) -> None:
         """Choose prompts and reward.
 
@@ -187,11 +197,13 @@ class RewardEvaluation(Evaluation):
             reward: Scores the answers; None for the pipeline's own reward model.
             prompts: Held-out prompts to answer.
             samples: Sampled answers to each.
-            max_new_tokens: Longest answer.
+            max_new_tokens: Longest answer, where ``sampling`` is None.
             split: What is held out; the same as in the stages.
+            sampling: How answers are sampled, with its own ``max_new_tokens``; None samples from the policy itself at
+                temperature 1.
         """
         self.source, self.reward, self.prompts, self.samples, self.split = source, reward, prompts, samples, split
-        self.sampling = SamplingParameters(max_new_tokens)
+        self.sampling = sampling or SamplingParameters(max_new_tokens)
 
     def run(self, exports: dict[str, Path], seed: int) -> dict[str, Any]:
         policies, reward_models = by_task(exports)

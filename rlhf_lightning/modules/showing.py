@@ -1,5 +1,6 @@
 """Samples for a person to read: what a module says to a few prompts, and what it thinks of that."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from rlhf_lightning.generation.native import engine_for
 from rlhf_lightning.models.policy import PolicyNetwork
 from rlhf_lightning.models.sharding import gathered
 from rlhf_lightning.rollouts.collect import Responses, generate_responses
+
+VERSIONS = itertools.count()  # of the weights that samples are drawn with
 
 
 class Sample(NamedTuple):
@@ -36,7 +39,11 @@ def sampled_responses(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         with gathered(policy):
-            return generate_responses(prompts, policy.network, tokenizer, engine_for(sampling), sampling)
+            engine = engine_for(sampling)
+            engine.take_weights(policy.network, tokenizer, next(VERSIONS))  # they change between two calls
+            responses = generate_responses(prompts, policy.network, tokenizer, engine, sampling)
+            engine.rest()
+    return responses
 
 
 def prompt_batch(

@@ -106,7 +106,10 @@ def test_the_commands_say_so(capsys):
             [*FIT, "--model.sampling.engine", "TransformersEngine", "--model.sampling.engine.continuos", "true"],
             "--model.sampling.engine.continuos is not a key; did you mean --model.sampling.engine.continuous_batching?",
         ),
-        ([*DPO, "--model.loss", "DPOLoss", "--model.loss.bta=1"], "--model.loss.bta is not a key; did you mean --model.loss.beta?"),
+        (
+            [*DPO, "--model.loss", "DPOLoss", "--model.loss.bta=1"],
+            "--model.loss.bta is not a key; did you mean --model.loss.beta?",
+        ),
         (
             [*GRPO, "WeightedRewards", "--model.reward.rewards", "[{class_path: FunctionReward, init_args: {fnction: x}}]"],
             "--model.reward.rewards.0.init_args.fnction is not a key; did you mean "

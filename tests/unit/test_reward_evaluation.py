@@ -7,7 +7,9 @@ import torch
 
 from rlhf_lightning.data.splits import Split
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.evaluation import RewardEvaluation, by_task
+from rlhf_lightning.evaluation.evaluation import RewardEvaluation, WorldEvaluation, by_task
+from rlhf_lightning.generation.engine import SamplingParameters
+from rlhf_lightning.generation.native import NativeEngine
 from rlhf_lightning.models.export import export_folder
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
 from rlhf_lightning.models.spec import ModelSpec
@@ -95,6 +97,39 @@ def test_lengths_divergence_scores_and_wins_are_those_worked_out_by_hand(source,
     assert sft["kl"] == pytest.approx(0, abs=1e-5)
     assert ppo["kl"] == pytest.approx(LONGEST * SURE, rel=1e-5)  # log 1 - log e^-50, three times
     assert report["comparisons"]["ppo"]["held_out/sampled"]["win_rate"] == always(1.0)
+
+
+class Counting(NativeEngine):
+    """Keeps which weights it was given, as an engine with weights of its own has to be."""
+
+    def __init__(self):
+        super().__init__()
+        self.given, self.now = [], None
+
+    def take_weights(self, network, tokenizer, version):
+        self.given.append(version)
+        self.now = network
+
+    def generate(self, network, *args, **kwargs):
+        assert network is self.now
+        return super().generate(network, *args, **kwargs)
+
+
+def test_answers_are_sampled_as_asked_by_an_engine_that_is_given_the_weights_of_each_policy(source, exports):
+    engine = Counting()
+    sampling = SamplingParameters(LONGEST, stop_strings="kite", engine=engine)
+    report = evaluated(source, exports, FunctionReward(words), sampling=sampling)
+    sft, ppo = (report["policies"][name]["held_out/sampled"] for name in ("sft", "ppo"))
+    assert (ppo["score"], ppo["length"], ppo["truncated"]) == (always(1.0), 1.0, 0.0)  # one word, the stop string
+    assert (sft["score"], sft["length"], sft["truncated"]) == (always(0.0), 1.0, 0.0)
+    assert len(set(engine.given)) == 2
+
+
+def test_an_envelope_of_another_distribution_is_refused():
+    with pytest.raises(UserError, match=r"the envelope is computed from samples of the policy itself.*min_p 0.1 drops"):
+        WorldEvaluation(envelope_samples=4, sampling=SamplingParameters(min_p=0.1))
+    evaluation = WorldEvaluation(envelope_samples=4, sampling=SamplingParameters(9, stop_strings="x"))
+    assert evaluation.greedy == SamplingParameters(9, temperature=0, stop_strings="x")
 
 
 def test_ties_count_one_half(source, exports):
