@@ -176,4 +176,8 @@ def test_continuous_batching_answers_alike_and_leaves_the_network_as_it_was(netw
         generate(TransformersEngine(continuous_batching=on), network, GREEDY, ends=ends) for on in (False, True)
     )
     assert torch.equal(plain, continuous)
+    only_the_likeliest = SamplingParameters(max_new_tokens=8, min_p=1.0)
+    assert torch.equal(
+        generate(TransformersEngine(continuous_batching=True), network, only_the_likeliest, ends=ends), plain
+    )
     assert network.config._attn_implementation == before
