@@ -23,8 +23,8 @@ class ExportAtEnd(Callback):
             folder: Where to; None for ``export`` in the run's folder.
             merge: Write an adapter merged into its base, which every next stage reads, beside ``adapter/``, which plain peft
                 reads; false for the latter alone.
-            dtype: ``source`` writes the weights in the precision of the model that training started from; ``trained`` in the
-                one they were trained in, which keeps changes that are too small for half precision.
+            dtype: ``source`` writes the weights in the precision of the model that training started from, where that has
+                fewer bits; ``trained`` in the one they were trained in, which keeps changes too small for half precision.
         """
         self.folder, self.merge, self.dtype = folder, merge, dtype
 

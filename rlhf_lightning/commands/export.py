@@ -24,8 +24,8 @@ def export(
         checkpoint: Which of its checkpoints; None for the last.
         output: Where to; None for ``export`` in the run's folder.
         merge: An adapter is written merged into its base, and by itself below that; false for the latter alone.
-        dtype: ``source`` writes the weights in the precision of the model that training started from; ``trained`` in the one
-            they were trained in.
+        dtype: ``source`` writes the weights in the precision of the model that training started from, where that has fewer
+            bits; ``trained`` in the one they were trained in.
     """
 
     folder = Path(run)

@@ -54,7 +54,8 @@ def export_folder(
         weights: The network's state dict, where the network itself holds only shards or has an adapter; empty to write the
             adapter alone.
         adapter: Goes into ``adapter/`` below the folder.
-        dtype: Of the weights: that of the folder which the network was loaded from, or the one that it was trained in.
+        dtype: Of the weights: "source" for that of the folder which the network was loaded from, where it has fewer bits;
+            "trained" for the one that the network has.
 
     Returns:
         ``folder``.
@@ -116,14 +117,14 @@ def _export(
         if network.can_generate():
             network.generation_config = generation_config(network, tokenizer)
         if weights is None or weights:
-            wanted = source_dtype(network) if dtype == "source" else None
+            narrower = narrower_source(network) if dtype == "source" else None
             plain = network
-            if wanted not in (None, base_dtype(network)):
+            if narrower is not None:
                 log.info(
-                    "%s: weights are written in %s, as the model had them that training started from", folder, wanted
+                    "%s: weights are written in %s, as the model had them that training started from", folder, narrower
                 )
-                weights = in_dtype(network.state_dict() if weights is None else weights, wanted)
-                plain = skeleton(network, wanted)
+                weights = in_dtype(network.state_dict() if weights is None else weights, narrower)
+                plain = skeleton(network, narrower)
             elif adapter is not None:
                 plain = skeleton(network)
             plain.save_pretrained(scratch, state_dict=weights)
@@ -166,6 +167,12 @@ def _replace_folder(new: Path, folder: Path) -> None:
             os.replace(aside, folder)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def narrower_source(network: PreTrainedModel) -> torch.dtype | None:
+    """The precision of the folder that a network was loaded from, if it has fewer bits than the network's own."""
+    source = source_dtype(network)
+    return source if source is not None and source.itemsize < base_dtype(network).itemsize else None
 
 
 def in_dtype(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
