@@ -7,12 +7,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Generation, GenerationEngine, SamplingParameters
 from rlhf_lightning.generation.native import NativeEngine
+from rlhf_lightning.generation.sampling import LogitsRules
 from rlhf_lightning.generation.stop_strings import StopStrings
 from rlhf_lightning.generation.transformers_engine import TransformersEngine
 from rlhf_lightning.modules.online import check_sampling
@@ -93,6 +95,16 @@ def test_first_tokens_are_as_frequent_as_the_processors_of_transformers_say(engi
     with torch.no_grad():
         plain = network(torch.tensor([prompt])).logits[0, -1].softmax(-1)
     assert ((plain - p).abs() / spread.clamp(min=1e-3)).max() > 6  # the plain softmax would be told apart
+
+
+def test_eos_is_possible_from_the_minimum_length_on_as_in_transformers():
+    ids, logits = torch.tensor([[4, 5]]), torch.arange(12.0)[None]
+    rules = LogitsRules(SamplingParameters(min_new_tokens=2), ids, torch.ones_like(ids).bool(), 12, [EOS, 7, 99])
+    theirs = MinNewTokensLengthLogitsProcessor(2, min_new_tokens=2, eos_token_id=[EOS, 7])
+    for step in range(4):
+        so_far = torch.cat([ids, torch.full((1, step), 9)], dim=1)
+        assert torch.equal(rules.apply(logits, step), theirs(so_far, logits))
+        assert bool(rules.apply(logits, step)[0, EOS].isinf()) == (step < 2)
 
 
 def test_responses_are_identical_in_both_engines_when_all_options_are_off():
