@@ -96,7 +96,8 @@ class RLHFCLI(LightningCLI):
             config.checkpoint.dirpath = str(Path(root, "checkpoints"))
         limits = (config.trainer.max_epochs, config.trainer.max_time)
         if config.trainer.max_steps == -1 and limits == (None, None):
-            config.trainer.max_epochs = 1  # Lightning's default is a thousand
+            # Iterations may take any number of epochs. Otherwise one: Lightning's default is a thousand.
+            config.trainer.max_epochs = -1 if (config.model.get("init_args") or {}).get("iterations") else 1
         self.run_folder = RunFolder(root)
         lines = PredictionLines.path(root)
         if self.subcommand == "predict" and lines.exists() and not config.overwrite:

@@ -91,8 +91,8 @@ class RunState(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._loaded is not None and trainer.is_global_zero:
             log.info(
-                "the run had come to its end before, at optimizer step %d; with a larger trainer.max_steps or "
-                "trainer.max_epochs it goes on",
+                "the run had come to its end before, at optimizer step %d; with a larger model.iterations, trainer.max_steps "
+                "or trainer.max_epochs it resumes",
                 trainer.global_step,
             )
 

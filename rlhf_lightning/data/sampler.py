@@ -80,6 +80,17 @@ class BucketBatchSampler(Sampler[BatchPlan]):
         joined = full > 0 and rest < self.world_size
         return full * self.accumulate + (0 if joined else len(self._batches(range(rest))))
 
+    def rows_of_batches(self) -> list[int]:
+        """Rows in each batch of an epoch, in order, on the rank with the fewest."""
+        size = self.batch_size * self.world_size * self.accumulate
+        full, rest = divmod(len(self.lengths), size)
+        steps = [size] * full
+        if full > 0 and rest < self.world_size:
+            steps[-1] += rest
+        else:
+            steps.append(rest)
+        return [len(batch) // self.world_size for step in steps for batch in self._batches(range(step))]
+
     def __iter__(self) -> Iterator[BatchPlan]:
         if not self.shuffle:
             yield from self._plans(0, 0)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Timer
 from torch.utils.data import DataLoader
 
 from rlhf_lightning.data.chunks import CHUNK_ROWS, NUMBER, Chunk, Chunks, Reading
@@ -170,8 +171,12 @@ def check_stream(trainer: Any) -> None:
     """
     if trainer is None or trainer.fast_dev_run:
         return
-    if trainer.max_steps < 1:
-        raise UserError("how many rows a stream has is not known before its end: set trainer.max_steps")
+    timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)
+    if trainer.max_steps < 1 and not timed and getattr(trainer.lightning_module, "iterations", None) is None:
+        raise UserError(
+            "how many rows a stream has is not known before its end: set trainer.max_steps, or model.iterations of a method "
+            "that samples, or trainer.max_time"
+        )
     if trainer.max_epochs != -1:
         raise UserError(
             "how long an epoch of a stream is is not known: leave trainer.max_epochs out, max_steps says where to end"

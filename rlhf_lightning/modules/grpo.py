@@ -34,15 +34,14 @@ from rlhf_lightning.modules.online import (
     check_sampling,
     clipped_step,
     fewest,
-    iterations,
     least,
     place,
     policy_alone,
-    prompts_a_batch,
     respond,
     scores_of,
 )
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, trained_parameters
+from rlhf_lightning.modules.plan import RunPlan, check_iterations, end_after_last, plan_run
 from rlhf_lightning.modules.ranks import of_this_rank, over_ranks
 from rlhf_lightning.modules.rollout_metrics import EVALUATION, part_means
 from rlhf_lightning.modules.showing import Sample, as_samples
@@ -78,6 +77,7 @@ class GRPOModule(LightningModule):
         update: GRPOUpdate = GRPOUpdate(),  # noqa: B008  (frozen)
         optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-6),
         schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
+        iterations: int | None = None,
     ) -> None:
         """Remember what to build; networks are built in ``configure_model``.
 
@@ -92,6 +92,8 @@ class GRPOModule(LightningModule):
             update: Epochs, minibatches, clipping.
             optimizer: Makes the optimizer.
             schedule: Of the learning rate, in iterations.
+            iterations: Rollouts with their updates until the run ends, over as many epochs as that takes; None where
+                ``trainer.max_epochs`` or ``trainer.max_steps`` (optimizer steps, of which an iteration has many) ends it.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -102,6 +104,7 @@ class GRPOModule(LightningModule):
         self.optimizer_factory, self.schedule = optimizer, schedule
         self.all_sum = partial(all_sum, self)
         self.scorer, self.guard = GuardedReward(reward, update.reward_failures, self.all_sum), StepGuard()
+        self.iterations, self.plan = check_iterations(iterations), RunPlan()
         self.engine = engine_for(sampling)
         self.model_path = policy.path
         self.policy: PolicyNetwork | None = None
@@ -127,6 +130,9 @@ class GRPOModule(LightningModule):
     def on_fit_start(self) -> None:
         begin(self)
         self._place()
+
+    def on_train_start(self) -> None:
+        end_after_last(self)
 
     def _place(self) -> None:
         assert self.policy is not None
@@ -297,6 +303,7 @@ class GRPOModule(LightningModule):
             rows = self.all_sum(torch.tensor(len(rollout), device=self.device))
             self.kl.update(float(means["objective/kl"]), int(rows))
         scheduler.step()
+        end_after_last(self)
 
     def _warn_without_signal(self, share: float) -> None:
         """Count an iteration in which every group agreed; the first time, say so."""
@@ -333,9 +340,13 @@ class GRPOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer_factory(trained_parameters(self))
-        responses = (self.groups.prompts or prompts_a_batch(self)) * self.groups.size
-        steps = self.update.epochs * math.ceil(responses / self.update.minibatch_size)
-        return [optimizer], [self.schedule.attach(optimizer, iterations(self, steps))]
+        self.plan = plan_run(self, self._steps_of)
+        return [optimizer], [self.schedule.attach(optimizer, self.plan.iterations)]
+
+    def _steps_of(self, prompts: int) -> int:
+        """Optimizer steps that an iteration takes on so many prompts, unless the KL stops it."""
+        responses = min(self.groups.prompts or prompts, prompts) * self.groups.size
+        return self.update.epochs * math.ceil(responses / self.update.minibatch_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["grpo"] = {

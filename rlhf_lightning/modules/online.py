@@ -129,19 +129,6 @@ def answer_fixed_prompts(module: Any, batch: PromptBatch, number: int) -> None:
             module.eval_means.update(evaluation_counts(mode, responses, rollout.scores, log_ratio))
 
 
-def iterations(module: Any, steps: int) -> int:
-    """How many iterations a run will have, for its schedule: the smaller of what steps and epochs allow.
-
-    Args:
-        module: In training.
-        steps: Of the optimizer in an iteration.
-    """
-    limits = [module.trainer.estimated_stepping_batches]
-    if module.trainer.max_steps > 0:
-        limits.append(module.trainer.max_steps // steps)
-    return max(int(min(limits)), 1)
-
-
 def prompts_a_batch(module: Any) -> int:
     """As the data module has them; 1 without one."""
     datamodule: Any = getattr(module.trainer, "datamodule", None)

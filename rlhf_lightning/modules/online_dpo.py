@@ -31,14 +31,13 @@ from rlhf_lightning.modules.online import (
     check_sampling,
     clipped_step,
     fewest,
-    iterations,
     place,
     policy_alone,
-    prompts_a_batch,
     respond,
     scores_of,
 )
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, trained_parameters
+from rlhf_lightning.modules.plan import RunPlan, check_iterations, end_after_last, plan_run
 from rlhf_lightning.modules.ranks import of_this_rank, over_ranks
 from rlhf_lightning.modules.rollout_metrics import EVALUATION, part_means, rollout_means
 from rlhf_lightning.modules.showing import Sample, as_samples
@@ -71,6 +70,7 @@ class OnlineDPOModule(LightningModule):
         update: GRPOUpdate = GRPOUpdate(),  # noqa: B008  (frozen)
         optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-6),
         schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
+        iterations: int | None = None,
     ) -> None:
         """Remember what to build; networks are built in ``configure_model``.
 
@@ -84,6 +84,8 @@ class OnlineDPOModule(LightningModule):
             update: Epochs; ``minibatch_size`` and ``micro_batch_size`` count responses, two a pair.
             optimizer: Makes the optimizer.
             schedule: Of the learning rate, in iterations.
+            iterations: Rollouts with their updates until the run ends, over as many epochs as that takes; None where
+                ``trainer.max_epochs`` or ``trainer.max_steps`` (optimizer steps, of which an iteration has many) ends it.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -93,6 +95,7 @@ class OnlineDPOModule(LightningModule):
         self.sampling, self.update, self.optimizer_factory, self.schedule = sampling, update, optimizer, schedule
         self.all_sum = partial(all_sum, self)
         self.scorer, self.guard = GuardedReward(reward, update.reward_failures, self.all_sum), StepGuard()
+        self.iterations, self.plan = check_iterations(iterations), RunPlan()
         self.engine = engine_for(sampling)
         self.model_path = policy.path
         self.policy: PolicyNetwork | None = None
@@ -118,6 +121,9 @@ class OnlineDPOModule(LightningModule):
     def on_fit_start(self) -> None:
         begin(self)
         self._place()
+
+    def on_train_start(self) -> None:
+        end_after_last(self)
 
     def _place(self) -> None:
         assert self.policy is not None
@@ -245,6 +251,7 @@ class OnlineDPOModule(LightningModule):
             progress=("objective/scores", "objective/kl", "rewards/margins"),
         )
         scheduler.step()
+        end_after_last(self)
 
     def show(self, batch: PromptBatch, count: int) -> list[Sample]:
         """Responses of the last iteration with their rewards."""
@@ -268,8 +275,12 @@ class OnlineDPOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer_factory(trained_parameters(self))
-        steps = self.update.epochs * math.ceil(2 * prompts_a_batch(self) / self.update.minibatch_size)
-        return [optimizer], [self.schedule.attach(optimizer, iterations(self, steps))]
+        self.plan = plan_run(self, self._steps_of)
+        return [optimizer], [self.schedule.attach(optimizer, self.plan.iterations)]
+
+    def _steps_of(self, prompts: int) -> int:
+        """Optimizer steps that an iteration takes on so many prompts, with one pair each."""
+        return self.update.epochs * math.ceil(2 * prompts / self.update.minibatch_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["online_dpo"] = {

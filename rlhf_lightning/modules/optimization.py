@@ -1,5 +1,6 @@
 """Learning-rate schedules and gradient norms."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -17,14 +19,17 @@ from rlhf_lightning.errors import UserError
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Schedule:
     """What the learning rate is multiplied by: a linear warm-up, then a decay over the rest of the run.
 
     Attributes:
-        warmup: Length of the warm-up, in optimizer steps (PPO: iterations).
-        decay: Shape of what follows.
+        warmup: Length of the warm-up, in optimizer steps (methods that sample: iterations).
+        decay: Shape of what follows. Where the length of a run is not known in steps or iterations (``trainer.max_time`` or
+            ``trainer.max_epochs: -1`` alone), the learning rate stays constant after the warm-up, and a warning says so.
         final: Where the decay ends, as a share of the peak.
     """
 
@@ -37,22 +42,64 @@ class Schedule:
         if self.warmup < 0 or not 0 <= self.final <= 1:
             raise UserError(f"schedule out of range: {self}; `final` is a share of the peak in [0, 1]")
 
-    def multiplier(self, step: int, total: int) -> float:
-        """The factor for step ``step`` (from 0) of ``total``."""
+    def multiplier(self, step: int, total: int | None) -> float:
+        """The factor for step ``step`` (from 0) of ``total``; constant after the warm-up where that is None."""
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
+        if total is None:
+            return 1.0
         done = min((step - self.warmup) / max(total - self.warmup, 1), 1.0)
         shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.decay]
         return self.final + (1 - self.final) * shape if self.decay != "constant" else 1.0
 
-    def attach(self, optimizer: Optimizer, total: int) -> LambdaLR:
-        """A scheduler that follows this schedule over ``total`` steps."""
-        return LambdaLR(optimizer, lambda step: self.multiplier(step, total))
+    def attach(self, optimizer: Optimizer, total: int | None) -> "PlannedLR":
+        """A scheduler that follows this schedule over ``total`` steps; None where their number is not known."""
+        if total is None and self.decay != "constant":
+            warn_of_constant_rate(self.decay)
+        return PlannedLR(optimizer, lambda step: self.multiplier(step, total))
+
+
+class PlannedLR(LambdaLR):
+    """A schedule whose learning rates are those of the present run, also after a resume.
+
+    Torch's own takes base and last learning rate from the checkpoint: a resumed run that is longer than planned before, or
+    has another learning rate, would begin with a step at the old one.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the position from a checkpoint, and the learning rates from the schedule of this run.
+
+        The optimizer's own state, which has the old learning rates, must be loaded before.
+        """
+        base = self.base_lrs
+        super().load_state_dict(state_dict)
+        self.base_lrs = base
+        rates = [rate * factor(self.last_epoch) for rate, factor in zip(base, self.lr_lambdas, strict=True)]
+        for group, initial, rate in zip(self.optimizer.param_groups, base, rates, strict=True):
+            group["initial_lr"] = initial
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self._last_lr = rates
+
+
+@rank_zero_only
+def warn_of_constant_rate(decay: str) -> None:
+    """Log that a schedule has no length to decay over."""
+    log.warning(
+        "the length of the run is not known in steps, so the learning rate stays constant after the warm-up (schedule.decay "
+        "%s has no effect); give trainer.max_steps, trainer.max_epochs or, for a method that samples, model.iterations",
+        decay,
+    )
 
 
 def scheduled(optimizer: Optimizer, schedule: Schedule, trainer: Trainer) -> dict[str, Any]:
     """What ``configure_optimizers`` returns where Lightning steps: a schedule over all optimizer steps of the run."""
-    scheduler = schedule.attach(optimizer, int(trainer.estimated_stepping_batches))
+    steps = trainer.estimated_stepping_batches
+    # Infinite: max_epochs -1 alone. Below 0: a loader of unknown length without max_steps.
+    total = int(steps) if 0 <= steps < math.inf else None
+    scheduler = schedule.attach(optimizer, total)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

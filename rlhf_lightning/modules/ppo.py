@@ -32,13 +32,12 @@ from rlhf_lightning.modules.online import (
     check_sampling,
     clipped_step,
     fewest,
-    iterations,
     place,
-    prompts_a_batch,
     respond,
     scores_of,
 )
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule
+from rlhf_lightning.modules.plan import RunPlan, check_iterations, end_after_last, plan_run
 from rlhf_lightning.modules.ppo_update import PPOUpdate
 from rlhf_lightning.modules.pretraining_mix import add_pretraining, share, texts_of
 from rlhf_lightning.modules.ranks import of_this_rank, over_ranks
@@ -78,6 +77,7 @@ class PPOModule(LightningModule):
         update: PPOUpdate = PPOUpdate(),  # noqa: B008  (frozen)
         optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-6, eps=1e-5),
         schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
+        iterations: int | None = None,
     ) -> None:
         """Remember what to build; networks are built in ``configure_model``.
 
@@ -92,6 +92,8 @@ class PPOModule(LightningModule):
             update: Epochs, minibatches, clipping.
             optimizer: Makes the one optimizer of policy and critic.
             schedule: Of the learning rates, in iterations.
+            iterations: Rollouts with their updates until the run ends, over as many epochs as that takes; None where
+                ``trainer.max_epochs`` or ``trainer.max_steps`` (optimizer steps, of which an iteration has many) ends it.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -101,6 +103,7 @@ class PPOModule(LightningModule):
         self.optimizer_factory, self.schedule = optimizer, schedule
         self.all_sum = partial(all_sum, self)
         self.scorer, self.guard = GuardedReward(reward, update.reward_failures, self.all_sum), StepGuard()
+        self.iterations, self.plan = check_iterations(iterations), RunPlan()
         self.engine = engine_for(sampling)
         self.model_path = policy.path
         self.actor_critic: ActorCritic | None = None
@@ -126,6 +129,9 @@ class PPOModule(LightningModule):
     def on_fit_start(self) -> None:
         begin(self)
         self._place()
+
+    def on_train_start(self) -> None:
+        end_after_last(self)
 
     def _place(self) -> None:
         assert self.actor_critic is not None
@@ -269,6 +275,7 @@ class PPOModule(LightningModule):
         )
         self.kl.update(float(means["objective/kl"]), int(self.all_sum(torch.tensor(len(rollout), device=self.device))))
         scheduler.step()
+        end_after_last(self)
 
     def show(self, batch: PromptBatch, count: int) -> list[Sample]:
         """Responses of the last iteration with their rewards."""
@@ -293,8 +300,12 @@ class PPOModule(LightningModule):
     def configure_optimizers(self) -> Any:
         assert self.actor_critic is not None
         optimizer = self.optimizer_factory(self.actor_critic.parameter_groups(self.update.critic_lr))
-        steps = self.update.epochs * math.ceil(prompts_a_batch(self) / self.update.minibatch_size)
-        return [optimizer], [self.schedule.attach(optimizer, iterations(self, steps))]
+        self.plan = plan_run(self, self._steps_of)
+        return [optimizer], [self.schedule.attach(optimizer, self.plan.iterations)]
+
+    def _steps_of(self, prompts: int) -> int:
+        """Optimizer steps that an iteration takes on so many prompts, unless the KL stops it."""
+        return self.update.epochs * math.ceil(prompts / self.update.minibatch_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["ppo"] = {
