@@ -25,20 +25,24 @@ def update_means() -> Means:
     return Means(UPDATE, lowest=mismatch.LOWEST, highest=mismatch.HIGHEST)
 
 
-def group_means(rollout: Rollout, all_sum: Callable[[Tensor], Tensor], *, reference: bool) -> dict[str, Tensor]:
+def group_means(
+    rollout: Rollout, judged: Tensor, all_sum: Callable[[Tensor], Tensor], *, reference: bool
+) -> dict[str, Tensor]:
     """Means over the responses of an iteration, all ranks together.
 
     Args:
         rollout: The iteration's responses.
+        judged: The scores that advantages are made of. Shape (batch,).
         all_sum: Sums a tensor over ranks.
         reference: Whether there is one; without, nothing is said of the KL.
 
     Returns:
-        Scalars by name. ``reward_std``: mean of the groups' own deviations. ``kl``: k3 a *token*, as TRL logs it;
+        Scalars by name. ``reward_std``: mean of the groups' own deviations, of the raw scores. ``frac_reward_zero_std``: share
+        of responses in groups that agree in the ``judged`` ones, which teach nothing. ``kl``: k3 a *token*, as TRL logs it;
         ``objective/kl``: nats a *response* (k1), as PPO logs it; so is ``objective/entropy``. ``episodes``: how many responses.
     """
     mask, scores, log_ratio = rollout.response_mask, rollout.scores, rollout.logprobs - rollout.ref_logprobs
-    alike = without_signal(scores, rollout.groups).float()
+    alike = without_signal(judged, rollout.groups).float()
     spread = group_std(scores, rollout.groups) if bool((group_sizes(rollout.groups) > 1).all()) else 0 * scores
     ended = (~rollout.truncated).float()
     lengths = mask.sum(dim=1).float()

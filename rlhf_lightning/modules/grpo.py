@@ -1,6 +1,5 @@
 """Learning from groups of responses, without a critic: GRPO and its relatives, RLOO, REINFORCE++, ReMax."""
 
-import logging
 import math
 from dataclasses import replace
 from functools import partial
@@ -33,6 +32,7 @@ from rlhf_lightning.modules.online import (
     begin,
     check_sampling,
     clipped_step,
+    count_without_signal,
     fewest,
     least,
     place,
@@ -53,8 +53,6 @@ from rlhf_lightning.rollouts.group_advantages import CriticFree
 from rlhf_lightning.rollouts.groups import Drawn, draw_groups, prompts_of
 from rlhf_lightning.rollouts.kl_control import KLControl
 from rlhf_lightning.rollouts.mismatch import differences, refuse_other_numbers, weighed
-
-log = logging.getLogger(__name__)
 
 
 class GRPOModule(LightningModule):
@@ -168,9 +166,18 @@ class GRPOModule(LightningModule):
             responses = self._generate(prompts, self.sampling)
             return responses, scores_of(reward, responses)
 
-        self.drawn = drawn = draw_groups(batch, self.groups.size, self.groups.prompts, draw, partial(least, self))
+        size, wanted = self.groups.size, self.groups.prompts
+        self.drawn = drawn = draw_groups(batch, size, wanted, draw, partial(least, self), self._judged)
         rollout = self._score(drawn.responses, drawn.scores)
         return self._with_greedy(rollout, drawn, reward) if self.advantages.needs_greedy else rollout
+
+    def _judged(self, scores: Tensor, truncated: Tensor) -> Tensor:
+        """The scores that advantages are made of; equal in a group of which every response is masked. Shape (responses,)."""
+        scores = self.advantages.processed(scores, truncated)
+        if not self.groups.mask_truncated:
+            return scores
+        nothing_left = truncated.view(-1, self.groups.size).all(1).repeat_interleave(self.groups.size)
+        return scores.masked_fill(nothing_left, 0)
 
     def _with_greedy(self, rollout: Rollout, drawn: Drawn, reward: Reward) -> Rollout:
         """With the processed score of each prompt's most likely response."""
@@ -275,12 +282,14 @@ class GRPOModule(LightningModule):
         """Schedules, counters, KL control and the log."""
         assert self.drawn is not None
         scheduler: Any = self.lr_schedulers()
-        means = group_means(rollout, self.all_sum, reference=self.reference is not None)
+        judged = self._judged(rollout.scores, rollout.truncated)
+        means = group_means(rollout, judged, self.all_sum, reference=self.reference is not None)
         means |= part_means(self.reward.parts(), self.all_sum, self.device)
         self.iteration += 1
         self.episodes += int(means.pop("episodes"))
         self.tokens += int(self.all_sum(rollout.attention_mask.sum()))
-        self._warn_without_signal(float(means["frac_reward_zero_std"]))
+        if float(means["frac_reward_zero_std"]) == 1 and self.groups.size > 1:
+            count_without_signal(self, "all responses to each prompt", "groups/iterations_without_signal")
         log_training(
             self,
             {
@@ -304,19 +313,6 @@ class GRPOModule(LightningModule):
             self.kl.update(float(means["objective/kl"]), int(rows))
         scheduler.step()
         end_after_last(self)
-
-    def _warn_without_signal(self, share: float) -> None:
-        """Count an iteration in which every group agreed; the first time, say so."""
-        if share < 1 or self.groups.size == 1:
-            return
-        self.without_signal += 1
-        if self.without_signal == 1:
-            log.warning(
-                "iteration %d: all responses to each prompt have the same reward (%s), so that nothing is learnt from them; "
-                "if it stays so (groups/iterations_without_signal), the task is too easy, too hard, or the reward is constant",
-                self.iteration,
-                self.reward.name,
-            )
 
     def show(self, batch: PromptBatch, count: int) -> list[Sample]:
         """Responses of the last iteration with their rewards."""

@@ -1,5 +1,6 @@
 """What the methods that sample share, as functions of the module: PPO, GRPO and its relatives, online DPO."""
 
+import logging
 import math
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,8 @@ from rlhf_lightning.modules.optimization import whole
 from rlhf_lightning.modules.rollout_metrics import evaluation_counts
 from rlhf_lightning.rewards.reward import Reward, checked_scores
 from rlhf_lightning.rollouts.collect import Responses, generate_responses
+
+log = logging.getLogger(__name__)
 
 
 def check_sampling(sampling: SamplingParameters) -> None:
@@ -127,6 +130,34 @@ def answer_fixed_prompts(module: Any, batch: PromptBatch, number: int) -> None:
             rollout = module._score(responses, scores_of(module.scorer, responses))
             log_ratio = None if module.reference is None else rollout.logprobs - rollout.ref_logprobs
             module.eval_means.update(evaluation_counts(mode, responses, rollout.scores, log_ratio))
+
+
+def count_without_signal(module: Any, found: str, metric: str) -> None:
+    """Count an iteration whose scores teach nothing; the first time, log a warning.
+
+    Args:
+        module: Has ``without_signal`` and ``reward``.
+        found: Which responses have the same score.
+        metric: Name under which the count is logged.
+    """
+    module.without_signal += 1
+    if module.without_signal == 1:
+        log.warning(
+            "iteration %d: %s have the same reward (%s), so that nothing is learnt from them; "
+            "if it stays so (%s), the task is too easy, too hard, or the reward is constant",
+            module.iteration,
+            found,
+            module.reward.name,
+            metric,
+        )
+
+
+def all_equal(module: Any, x: Tensor) -> bool:
+    """Whether all values, of all ranks, are the same one. Shape (n,), n at least 1."""
+    extremes = torch.stack([-x.min(), x.max()])
+    if module.trainer.world_size > 1:
+        extremes = module.trainer.strategy.reduce(extremes, reduce_op="max")
+    return not bool(extremes.sum())
 
 
 def prompts_a_batch(module: Any) -> int:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.functional.groups import without_signal
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.native import engine_for
 from rlhf_lightning.losses import DPOLoss, PairLoss
@@ -30,6 +29,7 @@ from rlhf_lightning.modules.online import (
     begin,
     check_sampling,
     clipped_step,
+    count_without_signal,
     fewest,
     place,
     policy_alone,
@@ -100,7 +100,7 @@ class OnlineDPOModule(LightningModule):
         self.model_path = policy.path
         self.policy: PolicyNetwork | None = None
         self.reference: Frozen | None = None
-        self.iteration = self.episodes = 0
+        self.iteration = self.episodes = self.without_signal = 0
         self.order = torch.Generator().manual_seed(torch.initial_seed())
         self.update_means, self.eval_means = Means(NAMES), Means(EVALUATION)
         self.last_rollout: tuple[Responses, Tensor] | None = None
@@ -173,9 +173,13 @@ class OnlineDPOModule(LightningModule):
         assert self.policy is not None
         return self.policy(ids, attention, mask, temperature=self.sampling.temperature, share_prompts=True)
 
+    def _ranked(self, rollout: Rollout) -> Tensor:
+        """The scores that pairs are chosen by: what has no end is below all that has one. Shape (groups, size)."""
+        return torch.where(rollout.truncated, -torch.inf, rollout.scores).view(-1, self.groups.size)
+
     def _paired(self, rollout: Rollout) -> Rollout:
         """The best response of each group, then its worst; the advantage of a pair that teaches is 1, that of a tie 0."""
-        ranks = torch.where(rollout.truncated, -torch.inf, rollout.scores).view(-1, self.groups.size)
+        ranks = self._ranked(rollout)
         first = torch.arange(len(ranks), device=ranks.device) * self.groups.size
         rows = torch.stack([first + ranks.argmax(1), first + ranks.argmin(1)], dim=1).flatten()
         differ = (ranks.amax(1) > ranks.amin(1)).float().repeat_interleave(2)
@@ -232,18 +236,22 @@ class OnlineDPOModule(LightningModule):
         if self.reference is None:  # the rollout holds the policy's own numbers in its place
             means = {name: x for name, x in means.items() if name not in OF_REFERENCE}
         means["val/contain_eos_token"] = means.pop("val/num_eos_tokens")
-        tied = without_signal(rollout.scores, rollout.groups).float()
-        rows = self.all_sum(torch.tensor(float(len(rollout)), dtype=torch.float32, device=self.device))
-        means["frac_reward_zero_std"] = self.all_sum(tied.sum()) / rows
+        ranks = self._ranked(rollout)
+        tied = (ranks.amax(1) == ranks.amin(1)).float()
+        groups = self.all_sum(torch.tensor(float(len(ranks)), dtype=torch.float32, device=self.device))
+        means["frac_reward_zero_std"] = self.all_sum(tied.sum()) / groups
         means |= part_means(self.reward.parts(), self.all_sum, self.device)
         self.iteration += 1
         self.episodes += int(means.pop("episodes"))
+        if float(means["frac_reward_zero_std"]) == 1:
+            count_without_signal(self, "all responses to each prompt", "groups/iterations_without_signal")
         log_training(
             self,
             {
                 **means,
                 **self.update_means.drain(),
                 **self.scorer.metrics(),
+                "groups/iterations_without_signal": float(self.without_signal),
                 "lr": scheduler.get_last_lr()[0],
                 "episode": self.episodes,
                 "iteration": self.iteration,
@@ -286,6 +294,7 @@ class OnlineDPOModule(LightningModule):
         checkpoint["online_dpo"] = {
             "iteration": self.iteration,
             "episodes": self.episodes,
+            "without_signal": self.without_signal,
             "order": over_ranks(self.trainer, self.order.get_state()),
             "reward": self.scorer.state(),
         }
@@ -293,6 +302,7 @@ class OnlineDPOModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["online_dpo"]
         self.iteration, self.episodes = state["iteration"], state["episodes"]
+        self.without_signal = state.get("without_signal", 0)
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.order.set_state(of_this_rank(self.trainer, state["order"]))
         self.scorer.load_state(state["reward"])

@@ -26,11 +26,13 @@ from rlhf_lightning.modules.guard import StepGuard
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_training
 from rlhf_lightning.modules.online import (
+    all_equal,
     all_sum,
     answer_fixed_prompts,
     begin,
     check_sampling,
     clipped_step,
+    count_without_signal,
     fewest,
     place,
     respond,
@@ -107,7 +109,7 @@ class PPOModule(LightningModule):
         self.engine = engine_for(sampling)
         self.model_path = policy.path
         self.actor_critic: ActorCritic | None = None
-        self.iteration = self.episodes = 0
+        self.iteration = self.episodes = self.without_signal = 0
         self.order = torch.Generator().manual_seed(torch.initial_seed())
         self.update_means, self.eval_means = update_means(), Means(EVALUATION)
         self.last_rollout: tuple[Responses, Tensor] | None = None
@@ -253,13 +255,16 @@ class PPOModule(LightningModule):
         means |= part_means(self.reward.parts(), self.all_sum, self.device)
         updates, rates = update_metrics(self.update_means), scheduler.get_last_lr()
         self.iteration += 1
-        self.episodes += int(means.pop("episodes"))
+        self.episodes += (responses := int(means.pop("episodes")))
+        if all_equal(self, self.advantages.processed(rollout.scores, rollout.truncated)) and responses > 1:
+            count_without_signal(self, "all responses", "rewards/iterations_without_signal")
         log_training(
             self,
             {
                 **means,
                 **updates,
                 **self.scorer.metrics(),
+                "rewards/iterations_without_signal": float(self.without_signal),
                 "val/explained_variance": explained_variance(
                     rollout.values, rollout.returns, rollout.response_mask, all_sum=self.all_sum
                 ),
@@ -311,6 +316,7 @@ class PPOModule(LightningModule):
         checkpoint["ppo"] = {
             "iteration": self.iteration,
             "episodes": self.episodes,
+            "without_signal": self.without_signal,
             "kl": self.kl.state(),
             "order": over_ranks(self.trainer, self.order.get_state()),
             "reward": self.scorer.state(),
@@ -319,6 +325,7 @@ class PPOModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["ppo"]
         self.iteration, self.episodes = state["iteration"], state["episodes"]
+        self.without_signal = state.get("without_signal", 0)
         self.kl.load_state(state["kl"])
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.order.set_state(of_this_rank(self.trainer, state["order"]))

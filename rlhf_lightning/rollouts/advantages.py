@@ -14,6 +14,10 @@ from rlhf_lightning.rollouts.buffer import Rollout
 class AdvantageEstimator(ABC):
     """Fills in a rollout's advantages and returns."""
 
+    def processed(self, scores: Tensor, truncated: Tensor) -> Tensor:
+        """The scores that the advantages are made of: here the raw ones. Shape (batch,), as both arguments."""
+        return scores
+
     @abstractmethod
     def estimate(self, rollout: Rollout, *, kl_coef: float, all_sum: Callable[[Tensor], Tensor]) -> Rollout:
         """The rollout with advantages and returns.
@@ -46,11 +50,12 @@ class GAE(AdvantageEstimator):
     whiten_rewards: bool = False
     whiten_advantages: bool = True
 
+    def processed(self, scores: Tensor, truncated: Tensor) -> Tensor:
+        """Clipped and penalised. Shape (batch,)."""
+        return process_scores(scores, truncated, missing_eos_penalty=self.missing_eos_penalty, clip=self.score_clip)
+
     def estimate(self, rollout: Rollout, *, kl_coef: float, all_sum: Callable[[Tensor], Tensor]) -> Rollout:
-        mask = rollout.response_mask
-        scores = process_scores(
-            rollout.scores, rollout.truncated, missing_eos_penalty=self.missing_eos_penalty, clip=self.score_clip
-        )
+        mask, scores = rollout.response_mask, self.processed(rollout.scores, rollout.truncated)
         rewards = token_rewards(scores, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef=kl_coef)
         if self.whiten_rewards:
             rewards = whiten(rewards, mask, keep_mean=True, all_sum=all_sum)

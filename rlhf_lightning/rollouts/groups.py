@@ -114,8 +114,9 @@ def draw_groups(
     wanted: int | None,
     draw: Callable[[PromptBatch], tuple[Responses, Tensor]],
     least: Callable[[int], int],
+    processed: Callable[[Tensor, Tensor], Tensor],
 ) -> Drawn:
-    """Several responses to each prompt; to so many prompts that ``wanted`` have responses that differ in score.
+    """Several responses to each prompt; to so many prompts that ``wanted`` have responses that differ in processed score.
 
     Every rank draws for as many prompts, and keeps as many, as every other.
 
@@ -125,6 +126,7 @@ def draw_groups(
         wanted: Groups to find, in the order of the batch; where it holds too few, groups that agree fill up. None: all prompts.
         draw: Answers and scores a batch.
         least: The smallest of the ranks' numbers.
+        processed: From raw scores and truncation, both of shape (responses,), to the scores that advantages are made of.
     """
     if wanted is None:
         return Drawn(*draw(repeated(batch, size)), prompts=len(batch.prompts))
@@ -137,7 +139,8 @@ def draw_groups(
         responses, new = draw(repeated(some_prompts(batch, rows), size))
         parts.append(responses)
         scores.append(new)
-        agree = without_signal(new, torch.arange(len(new), device=new.device) // size)[::size].tolist()
+        judged = processed(new.to(responses.truncated.device), responses.truncated)
+        agree = without_signal(judged, torch.arange(len(new), device=judged.device) // size)[::size].tolist()
         differing += [row for row, same in zip(rows, agree, strict=True) if not same]
         done = rows[-1] + 1
     fill = [row for row in range(done) if row not in differing]

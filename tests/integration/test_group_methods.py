@@ -246,3 +246,50 @@ def test_pairs_that_are_none(policy, groups, update, match):
 def test_senseless_coefficients(make, match):
     with pytest.raises(UserError, match=match):
         make()
+
+
+def test_signal_is_judged_by_the_scores_that_advantages_are_made_of(policy, tmp_path, caplog):
+    """All scores lie above the clip: the raw ones differ, and still nothing is learnt."""
+    module = grpo(
+        policy,
+        GroupMean(score_clip=1.0),
+        METHODS["grpo"][1],
+        reward=lambda completion_ids: [1.0 + sum(x) for x in completion_ids],
+    )
+    memory = Memory()
+    with caplog.at_level(logging.WARNING):
+        fit(module, tmp_path, 1, logger=memory)
+    assert module.without_signal == 1
+    assert memory.rows[0]["train/frac_reward_zero_std"] == 1.0
+    assert memory.rows[0]["train/reward_std"] > 0  # that of the rewards as they were given
+    assert "nothing is learnt" in caplog.text
+
+
+def test_a_group_of_responses_that_are_all_masked_has_no_signal(policy):
+    module = grpo(policy, *METHODS["grpo"], groups=Groups(size=2, mask_truncated=True))
+    scores = torch.tensor([1.0, 2.0, 1.0, 2.0, 3.0, 3.0])
+    truncated = torch.tensor([True, True, True, False, False, False])
+    judged = module._judged(scores, truncated).view(3, 2)
+    assert (judged[:, 0] == judged[:, 1]).tolist() == [True, False, True]
+
+
+def test_pairs_by_truncation_alone_are_counted_as_a_signal(policy, tmp_path, caplog):
+    """A response without an end loses to one with an end, though both have the same score."""
+    shares = {}
+    for name, sampling in (
+        ("mixed", SamplingParameters(max_new_tokens=30)),
+        ("cut", SamplingParameters(max_new_tokens=1)),
+    ):
+        reward = FunctionReward(lambda prompts: [0.5] * len(prompts))
+        module = OnlineDPOModule(policy, reward, groups=Groups(size=8), sampling=sampling, optimizer=adam)
+        memory = Memory()
+        with caplog.at_level(logging.WARNING):
+            fit(module, tmp_path, 1, prompts=8, logger=memory)
+        truncated = module.last_rollout[0].truncated.view(8, 8)
+        mixed = truncated.any(1) & ~truncated.all(1)
+        assert memory.rows[0]["train/frac_reward_zero_std"] == pytest.approx(1 - mixed.float().mean())
+        shares[name] = (memory.rows[0]["train/frac_reward_zero_std"], module.without_signal)
+    assert shares["mixed"][0] < 1
+    assert shares["mixed"][1] == 0
+    assert shares["cut"] == (1.0, 1)
+    assert caplog.text.count("nothing is learnt") == 1

@@ -7,6 +7,7 @@ from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.rewards.reward import Samples
 from rlhf_lightning.rollouts.collect import Responses
+from rlhf_lightning.rollouts.group_advantages import GroupMean
 from rlhf_lightning.rollouts.groups import draw_groups, prompts_of, repeated
 
 PROMPTS = ["a", "b", "c", "d", "e"]
@@ -22,8 +23,8 @@ AGREE = {"a", "c", "d"}
 class Drawer:
     """Answers with a response as long as its number in the group, wider in every call; scores differ but for some prompts."""
 
-    def __init__(self):
-        self.calls = []
+    def __init__(self, truncated=()):
+        self.calls, self.truncated = [], truncated
 
     def __call__(self, batch):
         self.calls.append(batch.prompts)
@@ -40,16 +41,20 @@ class Drawer:
             torch.cat([batch.attention_mask, mask], 1),
             torch.cat([torch.zeros_like(batch.attention_mask), mask], 1),
             mask,
-            torch.zeros(len(place), dtype=torch.bool),
+            torch.tensor([(prompt, n) in self.truncated for prompt, n in zip(batch.prompts, place, strict=True)]),
             Generation(tokens, -mask.float(), None),
             samples,
         )
         return responses, torch.tensor(scores)
 
 
-def drawn(wanted, least=lambda number: number):
-    drawer = Drawer()
-    return drawer, draw_groups(BATCH, 2, wanted, drawer, least)
+def raw(scores, truncated):
+    return scores
+
+
+def drawn(wanted, least=lambda number: number, processed=raw, truncated=()):
+    drawer = Drawer(truncated)
+    return drawer, draw_groups(BATCH, 2, wanted, drawer, least, processed)
 
 
 def test_every_prompt_is_repeated_side_by_side():
@@ -84,6 +89,15 @@ def test_it_goes_on_until_enough_prompts_have_responses_that_differ():
     assert responses.attention_mask.sum(1).tolist() == [3, 4, 2, 3]
     assert (responses.drawn.tokens == 9).equal(responses.response_mask)
     assert responses.drawn.logprobs.eq(-1).equal(responses.response_mask)
+
+
+def test_groups_are_judged_by_the_scores_that_advantages_are_made_of():
+    """Every score of b and e is above the clip, so that they agree; of those that agree, c alone has a truncated response."""
+    estimator = GroupMean(missing_eos_penalty=1.0, score_clip=2.0)
+    drawer, found = drawn(1, processed=estimator.processed, truncated=[("c", 2)])
+    assert drawer.calls == [list("aa"), list("bb"), list("cc")]
+    assert found.responses.samples.prompts == list("cc")
+    assert found.scores.tolist() == [0.5, 0.5]  # raw: the estimator processes them once more
 
 
 def test_it_stops_as_soon_as_there_are_enough():
