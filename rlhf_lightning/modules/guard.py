@@ -1,17 +1,22 @@
 """No optimizer step is taken on a loss or gradient that is not finite; what led to it is kept for a post-mortem."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rlhf_lightning.errors import UserError
 
 SHOWN = 3  # parameters named in the message; the file names all
+FAR, LONG = 100, 10  # times the clip, steps in a row: a gradient that is clipped so much says that a run diverges
+
+log = logging.getLogger(__name__)
 
 
 class StepGuard:
@@ -20,6 +25,8 @@ class StepGuard:
     def __init__(self) -> None:
         self.batches: list[Any] = []
         self.losses: list[Tensor] = []
+        self.far = 0
+        self.warned = False
 
     def saw(self, batch: Any, loss: Tensor) -> Tensor:
         """Keep a batch and its loss until the step.
@@ -65,6 +72,21 @@ class StepGuard:
             f"was not taken, weights and checkpoints are as before it; its batches: torch.load('{path}', weights_only=True)"
         )
 
+    def watch(self, norm: Tensor, clip: float | None, step: int) -> None:
+        """Log a warning, once, when the gradient norm has stayed far above the clip for several steps.
+
+        Args:
+            norm: Euclidean norm of the gradients before clipping, the same on every rank. Scalar.
+            clip: The norm that they are clipped to; None or 0 where they are not.
+            step: Of the optimizer, for the message.
+        """
+        if not clip or self.warned:
+            return
+        self.far = self.far + 1 if float(norm) > FAR * clip else 0
+        if self.far == LONG:
+            self.warned = True
+            warn_of_divergence(float(norm), clip, step)
+
     def _write(self, module: LightningModule, loss: float, norm: float, names: list[str]) -> Path:
         trainer = module.trainer
         rank = f"_rank{trainer.global_rank}" if trainer.global_rank else ""
@@ -83,6 +105,20 @@ class StepGuard:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(found, path)
         return path
+
+
+@rank_zero_only
+def warn_of_divergence(norm: float, clip: float, step: int) -> None:
+    """Log that gradients are clipped so much that the run probably diverges."""
+    log.warning(
+        "the gradient norm has been more than %d times the clip for %d optimizer steps (%.3g at step %d, clipped to %g): the "
+        "run probably diverges; lower the learning rate, or look at the loss and its coefficients",
+        FAR,
+        LONG,
+        norm,
+        step,
+        clip,
+    )
 
 
 def finite_gradient(parameter: Tensor) -> bool:

@@ -100,6 +100,8 @@ def log_step(module: Any, optimizer: Optimizer, progress: Sequence[str]) -> None
     strategy = module.trainer.strategy
     norm = strategy.gradient_norm() if isinstance(strategy, ZeROStrategy) else gradient_norm(module)
     module.guard.check(module, norm)
+    by_norm = module.trainer.gradient_clip_algorithm != "value"
+    module.guard.watch(norm, module.trainer.gradient_clip_val if by_norm else None, module.global_step)
     if (module.global_step + 1) % module.trainer.log_every_n_steps:
         return
     values = module.train_means.drain()

@@ -109,6 +109,7 @@ def clipped_step(module: Any, max_grad_norm: float) -> None:
     """Hold the gradients that stand against the guard, clip them, step; the norm before clipping is counted."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
     module.guard.check(module, whole(norm))
+    module.guard.watch(whole(norm), max_grad_norm, module.global_step)
     torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_grad_norm, norm)
     module.update_means.update({"grad_norm": (whole(norm), 1)})
     module.optimizers().step()

@@ -3,10 +3,13 @@
 import logging
 
 import pytest
+import torch
 
+from rlhf_lightning.generation.engine import SamplingParameters
+from rlhf_lightning.modules.guard import StepGuard
 from rlhf_lightning.rewards.function import FunctionReward
 from rlhf_lightning.rollouts.advantages import GAE
-from tests.integration.test_iterations import SHORT, fit, module_of, policy, sft  # noqa: F401
+from tests.integration.test_iterations import fit, module_of, policy, sft  # noqa: F401
 
 
 @pytest.mark.parametrize("constant", [True, False])
@@ -32,3 +35,52 @@ def test_ppo_judges_the_scores_that_advantages_are_made_of(policy, tmp_path, cap
     with caplog.at_level(logging.WARNING):
         fit(module, tmp_path)
     assert "nothing is learnt" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("norms", "warned"),
+    [
+        ([101.0] * 9 + [99.0] + [101.0] * 9, 0),
+        ([101.0] * 10, 1),
+        ([float("inf")] * 10, 1),  # a scaled step that the gradient scaler skips is no smaller
+        ([101.0] * 30, 1),
+        ([100.0] * 30, 0),
+    ],
+)
+def test_a_gradient_that_stays_far_above_the_clip_is_warned_about(caplog, norms, warned):
+    guard = StepGuard()
+    with caplog.at_level(logging.WARNING):
+        for step, norm in enumerate(norms):
+            guard.watch(torch.tensor(norm), 1.0, step)
+    assert caplog.text.count("diverges") == warned
+
+
+@pytest.mark.parametrize("clip", [None, 0.0])
+def test_without_a_clip_there_is_nothing_to_compare_with(caplog, clip):
+    guard = StepGuard()
+    for step in range(20):
+        guard.watch(torch.tensor(1e9), clip, step)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(("algorithm", "warned"), [("norm", 1), ("value", 0)])
+def test_offline_methods_warn_of_a_gradient_far_above_the_clip(tiny, tmp_path, caplog, algorithm, warned):
+    clip = {"gradient_clip_val": 1e-5, "gradient_clip_algorithm": algorithm}
+    with caplog.at_level(logging.WARNING):
+        sft(tiny, tmp_path, max_steps=12, **clip)
+    assert caplog.text.count("diverges") == warned
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo", "online_dpo"])
+def test_methods_that_sample_warn_of_a_gradient_far_above_the_clip(policy, tmp_path, caplog, method):  # noqa: F811
+    sampling = SamplingParameters(
+        max_new_tokens=16
+    )  # long enough for an end: without one, no response is above another
+    module = module_of(method, policy, iterations=11, sampling=sampling, minibatch_size=64)
+    module.reward = module.scorer.reward = FunctionReward(
+        lambda completion_ids: [float(sum(x)) for x in completion_ids]
+    )
+    object.__setattr__(module.update, "max_grad_norm", 1e-9)
+    with caplog.at_level(logging.WARNING):
+        fit(module, tmp_path, prompts=32)
+    assert caplog.text.count("diverges") == 1
