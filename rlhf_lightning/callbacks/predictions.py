@@ -43,7 +43,7 @@ class PredictionLines(BasePredictionWriter):
     ) -> None:
         with self.path(trainer.default_root_dir, trainer.global_rank).open("a", encoding="utf-8") as file:
             for sample in prediction:
-                file.write(json_line(sample._asdict()) + "\n")
+                file.write(json_line(sample.columns()) + "\n")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:

@@ -48,14 +48,23 @@ class SampleTable(Callback):
             self._batch = pl_module.transfer_batch_to_device(kept, pl_module.device, 0)
         self._batch = self._batch if self._batch is not None else batch  # the same prompts every time
         samples = pl_module.show(self._batch, self.count)
-        self.rows += [[step, *sample] for sample in samples]
+        self.rows += [[step, *sample[:3], *([sample.extra] if sample.extra else [])] for sample in samples]
+        columns, rows = as_table(self.rows)
         for logger in trainer.loggers:
-            log_samples(logger, COLUMNS, self.rows, trainer.global_step)
+            log_samples(logger, columns, rows, trainer.global_step)
         self._print(samples, f"{type(pl_module).__name__}, step {step}")
 
     @rank_zero_only
     def _print(self, samples: list[Sample], title: str) -> None:
         Console().print(sample_panel(samples, title))
+
+
+def as_table(rows: list[list[Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and cells of rows with ``COLUMNS``, and further columns by name where a row has them."""
+    extra = [row[len(COLUMNS)] if len(row) > len(COLUMNS) else {} for row in rows]
+    names = sorted({name for columns in extra for name in columns})
+    cells = [[*row[: len(COLUMNS)], *map(columns.get, names)] for row, columns in zip(rows, extra, strict=True)]
+    return [*COLUMNS, *names], cells
 
 
 def sample_panel(samples: list[Sample], title: str) -> Table:
@@ -64,8 +73,12 @@ def sample_panel(samples: list[Sample], title: str) -> Table:
     table.add_column("prompt", ratio=2)
     table.add_column("response", ratio=3)
     table.add_column("score", justify="right", width=8)
+    names = sorted({name for sample in samples for name in sample.extra})
+    for name in names:
+        table.add_column(plain(name))
     for sample in samples:
-        table.add_row(plain(sample.prompt), plain(sample.response), f"{sample.score:.2f}")
+        extra = [plain(str(sample.extra.get(name, ""))) for name in names]
+        table.add_row(plain(sample.prompt), plain(sample.response), f"{sample.score:.2f}", *extra)
     return table
 
 

@@ -25,7 +25,7 @@ from rlhf_lightning.modules.group_metrics import group_means, length_extremes, u
 from rlhf_lightning.modules.grpo_update import Groups, GRPOUpdate, check_groups
 from rlhf_lightning.modules.guard import StepGuard
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
-from rlhf_lightning.modules.metrics import Means, log_evaluation, log_training
+from rlhf_lightning.modules.metrics import Means, log_training
 from rlhf_lightning.modules.online import (
     all_sum,
     answer_fixed_prompts,
@@ -35,10 +35,13 @@ from rlhf_lightning.modules.online import (
     count_without_signal,
     fewest,
     least,
+    log_fixed_prompts,
+    log_iteration,
     place,
     policy_alone,
     respond,
     scores_of,
+    trainer_state,
 )
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, trained_parameters
 from rlhf_lightning.modules.plan import RunPlan, check_iterations, end_after_last, plan_run
@@ -101,7 +104,8 @@ class GRPOModule(LightningModule):
         self.kl, self.groups, self.sampling, self.update = kl, groups, sampling, update
         self.optimizer_factory, self.schedule = optimizer, schedule
         self.all_sum = partial(all_sum, self)
-        self.scorer, self.guard = GuardedReward(reward, update.reward_failures, self.all_sum), StepGuard()
+        self.scorer = GuardedReward(reward, update.reward_failures, self.all_sum, partial(trainer_state, self))
+        self.guard = StepGuard()
         self.iterations, self.plan = check_iterations(iterations), RunPlan()
         self.engine = engine_for(sampling)
         self.model_path = policy.path
@@ -290,7 +294,7 @@ class GRPOModule(LightningModule):
         self.tokens += int(self.all_sum(rollout.attention_mask.sum()))
         if float(means["frac_reward_zero_std"]) == 1 and self.groups.size > 1:
             count_without_signal(self, "all responses to each prompt", "groups/iterations_without_signal")
-        log_training(
+        log_iteration(
             self,
             {
                 **means,
@@ -328,7 +332,7 @@ class GRPOModule(LightningModule):
         answer_fixed_prompts(self, batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        log_evaluation(self, self.eval_means)
+        log_fixed_prompts(self)
 
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 

@@ -2,10 +2,12 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,10 +17,15 @@ from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.models.actor_critic import ActorCriticOutput
 from rlhf_lightning.models.sharding import gathered, wake
 from rlhf_lightning.modules.handoff import sharing_if_asked
+from rlhf_lightning.modules.metrics import log_evaluation, log_training
 from rlhf_lightning.modules.optimization import whole
+from rlhf_lightning.modules.ranks import over_ranks
 from rlhf_lightning.modules.rollout_metrics import evaluation_counts
 from rlhf_lightning.rewards.reward import Reward, checked_scores
 from rlhf_lightning.rollouts.collect import Responses, generate_responses
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +131,7 @@ def answer_fixed_prompts(module: Any, batch: PromptBatch, number: int) -> None:
         number: Of the batch, which is the seed.
     """
     modes = {"sampled": module.sampling, "greedy": replace(module.sampling, temperature=0)}
+    module.scorer.logged_metrics()  # a skipped iteration's are not this validation's
     with torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []):
         torch.manual_seed(number)
         for mode, sampling in modes.items():
@@ -131,6 +139,66 @@ def answer_fixed_prompts(module: Any, batch: PromptBatch, number: int) -> None:
             rollout = module._score(responses, scores_of(module.scorer, responses))
             log_ratio = None if module.reference is None else rollout.logprobs - rollout.ref_logprobs
             module.eval_means.update(evaluation_counts(mode, responses, rollout.scores, log_ratio))
+            for name, values in module.scorer.logged_metrics().items():
+                module.scorer.validated.setdefault(f"{mode}/{name}", []).extend(values)
+
+
+def log_fixed_prompts(module: Any) -> None:
+    """Log what a validation counted, and what the reward logged itself."""
+    logged, module.scorer.validated = module.scorer.validated, {}
+    log_evaluation(module, module.eval_means, **logged_means(module, logged))
+
+
+def trainer_state(module: Any) -> "TrainerState":
+    """Where the training is, as rewards with the signature of TRL expect it; outside of a fit, at step 0 of 1."""
+    from transformers import TrainerState  # takes seconds, which most rewards need not spend
+
+    trainer = module.trainer
+    if trainer.state.fn != TrainerFn.FITTING:
+        return TrainerState(max_steps=1)
+    epoch, batches = float(trainer.current_epoch), trainer.num_training_batches
+    if trainer.training and 0 < batches < math.inf:
+        epoch += max(trainer.fit_loop.batch_idx, 0) / batches
+    return TrainerState(
+        epoch=epoch,
+        global_step=trainer.global_step,
+        max_steps=module.plan.steps or 0,  # 0: nothing but a clock ends the run
+        num_train_epochs=max(trainer.max_epochs or 0, 0),
+        train_batch_size=prompts_a_batch(module),
+        is_local_process_zero=trainer.local_rank == 0,
+        is_world_process_zero=trainer.is_global_zero,
+    )
+
+
+def logged_means(module: Any, logged: dict[str, list[float]]) -> dict[str, Tensor]:
+    """Means of what the module's reward has logged itself, over all ranks, by name; every rank must call."""
+    if not module.reward.logs_metrics:
+        return {}
+    found: dict[str, list[float]] = {}
+    for of_rank in over_ranks(module.trainer, logged):
+        for name, values in of_rank.items():
+            found.setdefault(name, []).extend(values)
+    return {name: torch.tensor(values, dtype=torch.float64).mean().float() for name, values in found.items()}
+
+
+def log_iteration(module: Any, values: dict[str, Any], progress: Sequence[str]) -> None:
+    """Log what a method counts of an iteration, and what its reward logs itself.
+
+    Args:
+        module: The one in training.
+        values: Scalars by name.
+        progress: Names to show in the progress bar.
+
+    Raises:
+        UserError: If the reward logs something under a name of the method's own.
+    """
+    found = logged_means(module, module.scorer.logged_metrics())
+    if taken := sorted(found.keys() & values.keys()):
+        raise UserError(
+            f"reward {module.reward.name}: log_metric({taken[0]!r}) is a name that {type(module).__name__} logs itself; "
+            "choose another"
+        )
+    log_training(module, {**found, **values}, progress)
 
 
 def count_without_signal(module: Any, found: str, metric: str) -> None:

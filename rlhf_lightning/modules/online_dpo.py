@@ -22,7 +22,7 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.grpo_update import Groups, GRPOUpdate
 from rlhf_lightning.modules.guard import StepGuard
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
-from rlhf_lightning.modules.metrics import Means, log_evaluation, log_training
+from rlhf_lightning.modules.metrics import Means, log_training
 from rlhf_lightning.modules.online import (
     all_sum,
     answer_fixed_prompts,
@@ -31,10 +31,13 @@ from rlhf_lightning.modules.online import (
     clipped_step,
     count_without_signal,
     fewest,
+    log_fixed_prompts,
+    log_iteration,
     place,
     policy_alone,
     respond,
     scores_of,
+    trainer_state,
 )
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, trained_parameters
 from rlhf_lightning.modules.plan import RunPlan, check_iterations, end_after_last, plan_run
@@ -94,7 +97,8 @@ class OnlineDPOModule(LightningModule):
         self.policy_spec, self.reward, self.loss, self.groups = policy, reward, loss, groups
         self.sampling, self.update, self.optimizer_factory, self.schedule = sampling, update, optimizer, schedule
         self.all_sum = partial(all_sum, self)
-        self.scorer, self.guard = GuardedReward(reward, update.reward_failures, self.all_sum), StepGuard()
+        self.scorer = GuardedReward(reward, update.reward_failures, self.all_sum, partial(trainer_state, self))
+        self.guard = StepGuard()
         self.iterations, self.plan = check_iterations(iterations), RunPlan()
         self.engine = engine_for(sampling)
         self.model_path = policy.path
@@ -245,7 +249,7 @@ class OnlineDPOModule(LightningModule):
         self.episodes += int(means.pop("episodes"))
         if float(means["frac_reward_zero_std"]) == 1:
             count_without_signal(self, "all responses to each prompt", "groups/iterations_without_signal")
-        log_training(
+        log_iteration(
             self,
             {
                 **means,
@@ -275,7 +279,7 @@ class OnlineDPOModule(LightningModule):
         answer_fixed_prompts(self, batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        log_evaluation(self, self.eval_means)
+        log_fixed_prompts(self)
 
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 

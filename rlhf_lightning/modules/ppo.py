@@ -24,7 +24,7 @@ from rlhf_lightning.models.shared_critic import load_critic
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.guard import StepGuard
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
-from rlhf_lightning.modules.metrics import Means, log_evaluation, log_training
+from rlhf_lightning.modules.metrics import Means, log_training
 from rlhf_lightning.modules.online import (
     all_equal,
     all_sum,
@@ -34,9 +34,12 @@ from rlhf_lightning.modules.online import (
     clipped_step,
     count_without_signal,
     fewest,
+    log_fixed_prompts,
+    log_iteration,
     place,
     respond,
     scores_of,
+    trainer_state,
 )
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule
 from rlhf_lightning.modules.plan import RunPlan, check_iterations, end_after_last, plan_run
@@ -104,7 +107,8 @@ class PPOModule(LightningModule):
         self.sampling, self.loss, self.advantages, self.update = sampling, loss, advantages, update
         self.optimizer_factory, self.schedule = optimizer, schedule
         self.all_sum = partial(all_sum, self)
-        self.scorer, self.guard = GuardedReward(reward, update.reward_failures, self.all_sum), StepGuard()
+        self.scorer = GuardedReward(reward, update.reward_failures, self.all_sum, partial(trainer_state, self))
+        self.guard = StepGuard()
         self.iterations, self.plan = check_iterations(iterations), RunPlan()
         self.engine = engine_for(sampling)
         self.model_path = policy.path
@@ -258,7 +262,7 @@ class PPOModule(LightningModule):
         self.episodes += (responses := int(means.pop("episodes")))
         if all_equal(self, self.advantages.processed(rollout.scores, rollout.truncated)) and responses > 1:
             count_without_signal(self, "all responses", "rewards/iterations_without_signal")
-        log_training(
+        log_iteration(
             self,
             {
                 **means,
@@ -296,7 +300,7 @@ class PPOModule(LightningModule):
         answer_fixed_prompts(self, batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        log_evaluation(self, self.eval_means)
+        log_fixed_prompts(self)
 
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 

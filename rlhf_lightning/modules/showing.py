@@ -13,17 +13,28 @@ from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.native import engine_for
 from rlhf_lightning.models.policy import PolicyNetwork
 from rlhf_lightning.models.sharding import gathered
+from rlhf_lightning.modules.guard import plain_data
+from rlhf_lightning.rewards.reward import Samples
 from rlhf_lightning.rollouts.collect import Responses, generate_responses
 
 VERSIONS = itertools.count()  # of the weights that samples are drawn with
 
 
 class Sample(NamedTuple):
-    """One line of a sample table; what the score is, the module says."""
+    """One line of a sample table; what the score is, the module says.
+
+    Attributes:
+        extra: Further columns, which a reward has logged.
+    """
 
     prompt: str
     response: str
     score: float
+    extra: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+
+    def columns(self) -> dict[str, Any]:
+        """The line as one value a column."""
+        return {**self.extra, "prompt": self.prompt, "response": self.response, "score": self.score}
 
 
 def sampled_responses(
@@ -63,7 +74,13 @@ def as_samples(responses: Responses, scores: Tensor, count: int) -> list[Sample]
     """The first of the responses with their scores."""
     samples = responses.samples
     prompts = [prompt if isinstance(prompt, str) else _last_turn(prompt) for prompt in samples.prompts[:count]]
-    return [Sample(*row) for row in zip(prompts, samples.completions, scores.tolist(), strict=False)]
+    rows = zip(prompts, samples.completions, scores.tolist(), strict=False)
+    return [Sample(*row, extra_of(samples, index)) for index, row in enumerate(rows)]
+
+
+def extra_of(samples: Samples, index: int) -> dict[str, Any]:
+    """What the reward has logged of one response, as plain data."""
+    return {name: plain_data(values[index]) for name, values in samples.extra.items()}
 
 
 def _last_turn(messages: list[dict[str, Any]]) -> str:

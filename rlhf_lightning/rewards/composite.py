@@ -1,12 +1,16 @@
 """Several rewards at once."""
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.rewards.reward import Reward, Samples, applicable_scores
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 
 class WeightedRewards(Reward):
@@ -17,6 +21,8 @@ class WeightedRewards(Reward):
     other processes or servers (``waits``) are scored at the same time.
     """
 
+    skips_special_tokens = False  # its rewards are asked each for itself
+
     def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
         """Args: the rewards, and a weight each (1 if not given)."""
         self.rewards = rewards
@@ -24,6 +30,8 @@ class WeightedRewards(Reward):
         self.weights = weights if weights is not None else [1.0] * len(rewards)
         if not rewards or len(self.weights) != len(rewards):
             raise UserError(f"{len(rewards)} rewards and {len(self.weights)} weights; give one weight a reward")
+        self.logs_metrics = any(reward.logs_metrics for reward in rewards)
+        self.reads_trainer_state = any(reward.reads_trainer_state for reward in rewards)
 
     def prepare(self, device: torch.device | str) -> None:
         for reward in self.rewards:
@@ -31,6 +39,18 @@ class WeightedRewards(Reward):
 
     def networks(self) -> list[nn.Module]:
         return [network for reward in self.rewards for network in reward.networks()]
+
+    def set_trainer_state(self, state: "TrainerState") -> None:
+        for reward in self.rewards:
+            reward.set_trainer_state(state)
+
+    def logged_metrics(self) -> dict[str, list[float]]:
+        """Those of all rewards; what several log under one name is one mean."""
+        found: dict[str, list[float]] = {}
+        for reward in self.rewards:
+            for name, values in reward.logged_metrics().items():
+                found[name] = found.get(name, []) + values
+        return found
 
     def score(self, samples: Samples) -> Tensor | list[float | None]:
         self._parts = {}

@@ -6,13 +6,16 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import UserError, harmless
 from rlhf_lightning.rewards.reward import Reward, Samples, checked_scores
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 log = logging.getLogger(__name__)
 
@@ -58,15 +61,26 @@ class GuardedReward(Reward):
         skipped: Iterations that were skipped so far.
     """
 
-    def __init__(self, reward: Reward, plan: RewardFailures, all_sum: Callable[[Tensor], Tensor]) -> None:
+    skips_special_tokens = False  # the reward itself is asked
+
+    def __init__(
+        self,
+        reward: Reward,
+        plan: RewardFailures,
+        all_sum: Callable[[Tensor], Tensor],
+        state: "Callable[[], TrainerState] | None" = None,
+    ) -> None:
         """Wrap a reward.
 
         Args:
             reward: Anything.
             plan: What to do.
             all_sum: Sums a scalar over ranks.
+            state: Returns where the training is.
         """
-        self.reward, self.plan, self.all_sum = reward, plan, all_sum
+        self.reward, self.plan, self.all_sum, self.state_of_training = reward, plan, all_sum, state
+        self.logged: dict[str, list[float]] = {}
+        self.validated: dict[str, list[float]] = {}  # what was logged in the validation that is under way
         self.device = torch.device("cpu")
         self.failures = self.skipped = self.in_a_row = 0
 
@@ -84,6 +98,11 @@ class GuardedReward(Reward):
     def parts(self) -> dict[str, Tensor]:
         return self.reward.parts()
 
+    def logged_metrics(self) -> dict[str, list[float]]:
+        """What the reward has logged since this was called last, in all calls that did not fail."""
+        logged, self.logged = self.logged, {}
+        return logged
+
     def score(self, samples: Samples) -> Tensor:
         """The scores outside of training (validation, prediction), where a failure always stops.
 
@@ -99,10 +118,13 @@ class GuardedReward(Reward):
 
     def during(self, iteration: int) -> "Iteration":
         """The same reward in an iteration of training, where it fails on all ranks alike and as configured."""
+        self.logged = {}
         return Iteration(self, iteration)
 
     def attempt(self, samples: Samples, where: str) -> tuple[Tensor | None, Exception | None]:
         """One call: scores, or what went wrong, which is told in full."""
+        if self.state_of_training is not None and self.reward.reads_trainer_state:
+            self.reward.set_trainer_state(self.state_of_training())
         call = Call(self.reward, samples, self.device)
         if self.plan.timeout is None:
             call.run()
@@ -113,6 +135,9 @@ class GuardedReward(Reward):
         if scores is None:
             cause = cause or RewardTimeout(f"no answer within {self.plan.timeout:g} s")
             log.warning("reward %s failed %s: %s", self.name, where, in_full(cause))
+        else:
+            for name, values in self.reward.logged_metrics().items():
+                self.logged[name] = self.logged.get(name, []) + values
         return scores, cause
 
     def metrics(self) -> dict[str, Tensor | float]:
@@ -130,6 +155,8 @@ class GuardedReward(Reward):
 
 class Iteration(Reward):
     """A guarded reward in one iteration."""
+
+    skips_special_tokens = False
 
     def __init__(self, guarded: GuardedReward, number: int) -> None:
         self.guarded, self.number = guarded, number

@@ -5,32 +5,47 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Awaitable, Callable
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.rewards.reward import Reward, Samples
 
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
 
 class FunctionReward(Reward):
-    """``f(prompts, completions, completion_ids, **columns) -> list[float | None]``.
+    """``f(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns) -> list[float | None]``.
 
     ``completions`` are texts for text prompts and ``[{"role": "assistant", "content": text}]`` for conversations. Only the
-    arguments that the function names are passed, all of them if it takes ``**kwargs``. None for a response says that the
-    function does not apply to it. The function may be ``async``.
+    arguments that the function names are passed, all of them if it takes ``**kwargs``:
+
+    - ``trainer_state``: a ``transformers.TrainerState`` with ``global_step``, ``max_steps`` (planned optimizer steps) and
+      ``epoch``, for rewards that change during training. Outside of training it is at step 0 of 1.
+    - ``log_extra(column, values)``: a column of the table of samples, with a value for each response.
+    - ``log_metric(name, value)``: a scalar, logged as ``train/name``, or ``eval/sampled/name`` and ``eval/greedy/name``; the
+      mean over the calls of an iteration or a validation, on all ranks.
+
+    The result may be a list, a tuple, a generator, an array or a tensor. None for a response says that the function does not
+    apply to it. The function may be ``async``. Source: TRL's GRPOTrainer, "Using a custom reward function".
     """
 
-    def __init__(self, function: str | Callable[..., Any]) -> None:
+    def __init__(self, function: str | Callable[..., Any], skip_special_tokens: bool = True) -> None:
         """Find the function.
 
         Args:
             function: The function, or where it stands: ``package.module.name`` or ``path/to/file.py:name``.
+            skip_special_tokens: Leave special tokens out of ``completions``, as TRL does. False for functions that look for
+                them: then every token that was sampled is in the text, the closing EOS included.
 
         Raises:
             UserError: If it can't be found or is not callable.
@@ -42,21 +57,38 @@ class FunctionReward(Reward):
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._takes = {p.name for p in parameters}
         self.waits = inspect.iscoroutinefunction(self.function)
+        self.skip_special_tokens = skip_special_tokens
+        self.skips_special_tokens = skip_special_tokens and (self._takes_all or "completions" in self._takes)
+        self.logs_metrics = self._takes_all or "log_metric" in self._takes
+        self.reads_trainer_state = self._takes_all or "trainer_state" in self._takes
+        self._state: TrainerState | None = None
+        self._metrics: dict[str, list[float]] = {}
 
     @property
     def name(self) -> str:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
+    def set_trainer_state(self, state: "TrainerState") -> None:
+        self._state = state
+
+    def logged_metrics(self) -> dict[str, list[float]]:
+        return self._metrics
+
     def score(self, samples: Samples) -> Tensor | list[float | None]:
+        texts = samples.texts(self.skip_special_tokens)
         completions = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(samples.prompts, samples.completions, strict=True)
+            for prompt, text in zip(samples.prompts, texts, strict=True)
         ]
+        logged = Logged(self.name)
         given = {
             **samples.columns,
             "prompts": samples.prompts,
             "completions": completions,
             "completion_ids": samples.completion_ids,
+            "trainer_state": self._trainer_state() if self.reads_trainer_state else None,
+            "log_extra": logged.log_extra,
+            "log_metric": logged.log_metric,
         }
         missing = sorted(self._needs - given.keys())
         if missing:
@@ -66,15 +98,72 @@ class FunctionReward(Reward):
         result = self.function(**{k: v for k, v in given.items() if self._takes_all or k in self._takes})
         if inspect.isawaitable(result):
             result = _awaited(result)
-        if not isinstance(result, list | tuple | Tensor):
-            raise UserError(f"{self.name} returned {type(result).__name__}; return a list with one number a response")
+        scores = self._numbers(result)
+        samples.extra.update(logged.columns(len(samples.prompts)))
+        self._metrics = dict(logged.metrics)
+        return scores
+
+    def _trainer_state(self) -> "TrainerState":
+        """That of the training, or one at step 0 of 1."""
+        from transformers import TrainerState  # takes seconds, which other rewards need not spend
+
+        return TrainerState(max_steps=1) if self._state is None else self._state
+
+    def _numbers(self, result: Any) -> Tensor | list[float | None]:
+        """What the function returned, as numbers.
+
+        Raises:
+            UserError: If it is not a sequence of numbers and None.
+        """
         if isinstance(result, Tensor):
             return result
+        if isinstance(result, np.ndarray) and result.ndim > 0 and result.dtype.kind in "biuf":
+            return torch.from_numpy(result.astype(np.float32))
+        scalar = isinstance(result, np.ndarray) and result.ndim == 0
+        if scalar or isinstance(result, str | bytes | Mapping | Set) or not isinstance(result, Iterable):
+            raise UserError(f"{self.name} returned {type(result).__name__}; return a list with one number a response")
         try:
             numbers = [None if x is None else _number(x) for x in result]
         except (TypeError, ValueError) as error:
             raise UserError(f"{self.name} returned something that is not a number: {error}") from error
         return numbers if None in numbers else torch.tensor(numbers, dtype=torch.float32)
+
+
+class Logged:
+    """What a function logs during one call."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.metrics: dict[str, list[float]] = defaultdict(list)
+        self.extra: dict[str, list[Any]] = defaultdict(list)
+
+    def log_extra(self, column: str, values: Iterable[Any]) -> None:
+        """Add values to a column of the table of samples: in all calls together, one for each response, in their order."""
+        self.extra[str(column)] += list(values)
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Add a value to the mean that is logged under a name.
+
+        Raises:
+            UserError: If it is not a number.
+        """
+        try:
+            self.metrics[str(name)].append(_number(value))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self.name}: log_metric({name!r}) needs a number: {error}") from error
+
+    def columns(self, responses: int) -> dict[str, list[Any]]:
+        """The logged columns.
+
+        Raises:
+            UserError: If one has not a value for each response.
+        """
+        for column, values in self.extra.items():
+            if len(values) != responses:
+                raise UserError(
+                    f"{self.name}: log_extra({column!r}) got {len(values)} values for {responses} responses; give one each"
+                )
+        return dict(self.extra)
 
 
 def _awaited(result: Awaitable[Any]) -> Any:

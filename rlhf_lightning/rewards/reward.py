@@ -1,13 +1,20 @@
 """What a reward is given, what it gives back, and the check on what came."""
 
+import logging
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import UserError, harmless
+
+if TYPE_CHECKING:
+    from transformers import TrainerState  # which takes seconds to import
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,9 @@ class Samples:
         completion_ids: Token ids of the responses under the policy's tokenizer, EOS included.
         truncated: True where the response was cut off before EOS or a stop string.
         columns: Every other column of the dataset.
+        extra: Columns for the table of samples that a reward has logged; filled while it scores.
+        dropped_tokens: Special tokens that were sampled inside of responses and are missing in ``completions``.
+        decode: From ``completion_ids`` to text with all tokens; None where there is no tokenizer.
     """
 
     prompts: list[Any]
@@ -27,6 +37,21 @@ class Samples:
     completion_ids: list[list[int]]
     truncated: list[bool]
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    dropped_tokens: tuple[str, ...] = ()
+    decode: Callable[[list[list[int]]], list[str]] | None = None
+
+    def texts(self, skip_special_tokens: bool = True) -> list[str]:
+        """Text of the responses; with special tokens, the closing EOS included, if they are not skipped.
+
+        Raises:
+            UserError: If special tokens are asked for and there is no tokenizer that knows them.
+        """
+        if skip_special_tokens:
+            return self.completions
+        if self.decode is None:
+            raise UserError("skip_special_tokens: false needs token ids of the policy; these responses are text alone")
+        return self.decode(self.completion_ids)
 
     def rows(self, numbers: list[int]) -> "Samples":
         """These samples, in this order, as often as they are named."""
@@ -34,10 +59,12 @@ class Samples:
         def picked(values: list[Any]) -> list[Any]:
             return [values[row] for row in numbers]
 
-        columns = {name: picked(values) for name, values in self.columns.items()}
-        lists = (self.prompts, self.completions, self.completion_ids, self.truncated)
-        prompts, completions, ids, truncated = (picked(values) for values in lists)
-        return Samples(prompts, completions, ids, truncated, columns)
+        lists: dict[str, Any] = {name: picked(getattr(self, name)) for name in LISTS}
+        columns, extra = ({name: picked(x) for name, x in found.items()} for found in (self.columns, self.extra))
+        return replace(self, **lists, columns=columns, extra=extra)
+
+
+LISTS = ("prompts", "completions", "completion_ids", "truncated")  # of Samples, with an entry for each response
 
 
 class Reward(ABC):
@@ -45,9 +72,17 @@ class Reward(ABC):
 
     Attributes:
         waits: Whether scoring mostly waits for other processes or servers: such rewards of a sum are scored at the same time.
+        skips_special_tokens: Whether it scores the text without special tokens, so that a warning is due where some were
+            sampled.
+        reads_trainer_state: Whether :meth:`set_trainer_state` does something.
+        logs_metrics: Whether :meth:`logged_metrics` may return something; the same on all ranks.
     """
 
     waits: bool = False
+    skips_special_tokens: bool = True
+    reads_trainer_state: bool = False
+    logs_metrics: bool = False
+    _warned_of_dropped_tokens: bool = False
 
     @property
     def name(self) -> str:
@@ -60,6 +95,13 @@ class Reward(ABC):
     def networks(self) -> list[nn.Module]:
         """Networks that it scores with, which may be in shards: whoever calls ``score`` gathers them first."""
         return []
+
+    def set_trainer_state(self, state: "TrainerState") -> None:  # noqa: B027  (most rewards do not depend on it)
+        """Receive where the training is; called before each score."""
+
+    def logged_metrics(self) -> dict[str, list[float]]:
+        """Scalars that the reward itself has logged while it scored last, by name."""
+        return {}
 
     def parts(self) -> dict[str, Tensor]:
         """What the last scores were made of, by name, shape (samples,) each; nothing for a single reward."""
@@ -83,6 +125,7 @@ def applicable_scores(reward: Reward, samples: Samples) -> tuple[Tensor, Tensor]
     Raises:
         UserError: If the number of scores is wrong or one is not a finite number; names the reward and the sample.
     """
+    warn_of_dropped_tokens(reward, samples)
     given = reward.score(samples)
     expected = len(samples.prompts)
     if isinstance(given, list):
@@ -103,6 +146,18 @@ def applicable_scores(reward: Reward, samples: Samples) -> tuple[Tensor, Tensor]
             f"{samples.completions[first][:80]!r}; return a finite number for every response"
         )
     return scores, applies
+
+
+def warn_of_dropped_tokens(reward: Reward, samples: Samples) -> None:
+    """Log a warning, once a reward, if the text that it scores lacks tokens that were sampled."""
+    if samples.dropped_tokens and reward.skips_special_tokens and not reward._warned_of_dropped_tokens:
+        reward._warned_of_dropped_tokens = True
+        log.warning(
+            "%s scores text without special tokens, but responses have %s in them, which it does not see; a FunctionReward or "
+            "FormatReward with skip_special_tokens: false does",
+            reward.name,
+            ", ".join(harmless(repr(token)) for token in samples.dropped_tokens[:5]),
+        )
 
 
 def checked_scores(reward: Reward, samples: Samples) -> Tensor:

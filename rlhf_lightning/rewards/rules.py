@@ -21,25 +21,30 @@ FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL)
 class FormatReward(Reward):
     """1 where a regular expression fits the whole response, or is found in it; else 0."""
 
-    def __init__(self, pattern: str = THINK, whole: bool = True, seconds: float = 1.0) -> None:
+    def __init__(
+        self, pattern: str = THINK, whole: bool = True, seconds: float = 1.0, skip_special_tokens: bool = True
+    ) -> None:
         """Compile the expression; a dot stands for any character, newlines too.
 
         Args:
             pattern: In the syntax of Python's ``re``. As given: thoughts in <think> tags, once, then the answer.
             whole: Whether it has to fit the whole response, blanks at its ends aside.
             seconds: For one response.
+            skip_special_tokens: Leave special tokens out of the text. False where the pattern has some of them, as the tags of
+                some models are: then every token that was sampled is in the text, the closing EOS included.
 
         Raises:
             UserError: If it is no regular expression.
         """
         self.whole, self.seconds = whole, seconds
+        self.skip_special_tokens = self.skips_special_tokens = skip_special_tokens
         try:
             self.pattern = regex.compile(pattern, regex.DOTALL)
         except regex.error as error:
             raise UserError(f"FormatReward: the pattern {pattern!r} is no regular expression: {error}") from error
 
     def score(self, samples: Samples) -> list[float | None]:
-        return [float(self._fits(text.strip())) for text in samples.completions]
+        return [float(self._fits(text.strip())) for text in samples.texts(self.skip_special_tokens)]
 
     def _fits(self, text: str) -> bool:
         fits = self.pattern.fullmatch if self.whole else self.pattern.search
@@ -130,6 +135,7 @@ class LengthReward(Reward):
         if least < 0 or (most is not None and most < least) or (least == 0 and most is None):
             raise UserError(f"LengthReward: least {least} and most {most} leave nothing to reward; give a bound")
         self.least, self.most, self.cost, self.unit = least, most, cost, unit
+        self.skips_special_tokens = unit != "tokens"
 
     def score(self, samples: Samples) -> Tensor:
         lengths = torch.tensor([len(units) for units in _units(samples, self.unit)], dtype=torch.float32)
@@ -141,6 +147,8 @@ class LengthReward(Reward):
 
 class OverlongPenalty(Reward):
     """DAPO's soft penalty: 0 up to ``max_length - buffer`` tokens, then straight down to -1 at ``max_length`` and beyond."""
+
+    skips_special_tokens = False  # it counts tokens
 
     def __init__(self, max_length: int, buffer: int) -> None:
         """Args: tokens at which the penalty is whole (``sampling.max_new_tokens``), and over how many it grows."""
@@ -161,6 +169,7 @@ class RepetitionPenalty(Reward):
         if n < 1:
             raise UserError(f"RepetitionPenalty: n is at least 1, not {n}")
         self.n, self.unit = n, unit
+        self.skips_special_tokens = unit != "tokens"
 
     def score(self, samples: Samples) -> list[float | None]:
         return [self._score(units) for units in _units(samples, self.unit)]

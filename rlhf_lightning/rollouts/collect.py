@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,6 +75,8 @@ def generate_responses(
         completion_ids=ids,
         truncated=truncated.tolist(),
         columns=batch.columns,
+        dropped_tokens=special_tokens_in(contents, tokenizer),
+        decode=partial(tokenizer.batch_decode, skip_special_tokens=False),
     )
     return Responses(
         input_ids=torch.cat([batch.input_ids, tokens], dim=1),
@@ -107,6 +110,13 @@ def cut_after_stop_strings(
             mask[row, end:] = False
             truncated[row] = False
     return mask, truncated
+
+
+def special_tokens_in(contents: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Special tokens among these ids, which text without special tokens lacks, in the order of their ids."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    sampled = {number for row in contents for number in row}
+    return tuple(tokenizer.convert_ids_to_tokens(sorted(sampled & (special | set(tokenizer.all_special_ids)))))
 
 
 @torch.no_grad()

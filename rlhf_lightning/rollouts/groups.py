@@ -76,6 +76,10 @@ def joined(parts: list[Responses]) -> Responses:
     def listed(name: str) -> list[Any]:
         return [x for part in samples for x in getattr(part, name)]
 
+    def column_of(part: Samples, name: str) -> list[Any]:
+        return part.extra.get(name, [None] * len(part.prompts))
+
+    names = {name: None for part in samples for name in part.extra}
     return Responses(
         input_ids=together("input_ids"),
         attention_mask=together("attention_mask"),
@@ -89,6 +93,9 @@ def joined(parts: list[Responses]) -> Responses:
             listed("completion_ids"),
             listed("truncated"),
             {name: [x for part in samples for x in part.columns[name]] for name in samples[0].columns},
+            {name: [x for part in samples for x in column_of(part, name)] for name in names},
+            tuple(sorted({token for part in samples for token in part.dropped_tokens})),
+            samples[0].decode,
         ),
     )
 

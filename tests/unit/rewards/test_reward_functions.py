@@ -2,15 +2,20 @@
 
 import asyncio
 import threading
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from transformers import TrainerState
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.modules.rollout_metrics import part_means
 from rlhf_lightning.rewards.composite import WeightedRewards
+from rlhf_lightning.rewards.failures import GuardedReward, RewardFailures
 from rlhf_lightning.rewards.function import FunctionReward
 from rlhf_lightning.rewards.reward import Reward, Samples, applicable_scores, checked_scores
+from rlhf_lightning.rewards.rules import FormatReward, LengthReward, OverlongPenalty
 
 CHAT = [{"role": "user", "content": "why"}]
 SAMPLES = Samples(
@@ -34,6 +39,9 @@ def test_a_function_with_kwargs_is_given_everything():
         return [1, 2.5]
 
     assert FunctionReward(reward).score(SAMPLES).tolist() == [1.0, 2.5]
+    assert seen.pop("trainer_state").global_step == 0
+    assert callable(seen.pop("log_extra"))
+    assert callable(seen.pop("log_metric"))
     assert seen == {
         "prompts": ["one", CHAT],
         "completions": ["yes", [{"role": "assistant", "content": "no, never"}]],
@@ -232,3 +240,165 @@ def test_an_error_of_a_reward_that_waits_is_not_lost():
 
     with pytest.raises(UserError, match="asleep"):
         WeightedRewards([Constant(1.0), FunctionReward(breaks)]).score(SAMPLES)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        np.array([1.0, 2.5]),
+        np.array([1, 2], dtype=np.int64),
+        np.array([True, False]),
+        np.array([1.0, 2.5], dtype=np.float16),
+        [np.float32(1.0), np.float64(2.5)],
+        [torch.tensor(1.0), 2.5],
+        map(float, [1, 2]),
+        range(2),
+    ],
+    ids=str,
+)
+def test_arrays_and_whatever_can_be_gone_through_may_come_back(result):
+    expected = [float(x) for x in (list(result) if not isinstance(result, map) else [1, 2])]
+    scores = checked_scores(FunctionReward(lambda prompts: result), SAMPLES)
+    assert scores.tolist() == expected
+    assert scores.dtype == torch.float32
+
+
+def test_a_generator_function_may_yield_its_scores():
+    def one_by_one(completion_ids):
+        for ids in completion_ids:
+            yield len(ids) if len(ids) > 2 else None
+
+    assert FunctionReward(one_by_one).score(SAMPLES) == [None, 3.0]
+    objects = FunctionReward(lambda prompts: np.array([1.0, None], dtype=object))
+    assert objects.score(SAMPLES) == [1.0, None]
+
+
+@pytest.mark.parametrize(
+    ("result", "complaint"),
+    [
+        (np.zeros((2, 1)), r"shape \(2, 1\)"),
+        (np.array(1.0), "ndarray; return a list"),
+        (np.array([1.0, np.nan]), "nan for 1 of 2"),
+        (np.array(["a", "b"]), "not a number"),
+        ({1.0, 2.0}, "set; return a list"),
+        (b"ab", "bytes; return a list"),
+        ((x for x in [1.0]), r"shape \(1,\) for 2"),
+    ],
+)
+def test_other_results_are_refused(result, complaint):
+    with pytest.raises(UserError, match=complaint):
+        checked_scores(FunctionReward(lambda prompts: result), SAMPLES)
+
+
+def test_a_function_learns_where_the_training_is():
+    def later(prompts, trainer_state):
+        return [trainer_state.global_step / trainer_state.max_steps] * len(prompts)
+
+    reward = WeightedRewards([FunctionReward(length), FunctionReward(later)], [0.0, 1.0])
+    assert reward.reads_trainer_state
+    assert not FunctionReward(length_alone).reads_trainer_state
+    assert reward.score(SAMPLES).tolist() == [0.0, 0.0]  # outside of a training
+    reward.set_trainer_state(TrainerState(global_step=3, max_steps=4))
+    assert reward.score(SAMPLES).tolist() == [0.75, 0.75]
+
+
+def length_alone(completions):
+    return [1.0] * len(completions)
+
+
+def logging(prompts, completions, log_extra, log_metric):
+    log_extra("first", [str(c)[:1] for c in completions])
+    log_metric("accuracy", 0.25)
+    log_metric("accuracy", np.float32(0.75))
+    return [1.0, 2.0]
+
+
+def test_metrics_and_columns_that_a_function_logs_are_kept():
+    samples = replace(SAMPLES, extra={})
+    reward = WeightedRewards([FunctionReward(length_alone), FunctionReward(logging), FunctionReward(logging)])
+    checked_scores(reward, samples)
+    assert samples.extra == {"first": ["y", "["]}
+    assert samples.rows([1, 0, 1]).extra == {"first": ["[", "y", "["]}
+    assert reward.logs_metrics
+    assert reward.logged_metrics() == {"accuracy": [0.25, 0.75, 0.25, 0.75]}
+    guarded = GuardedReward(reward, RewardFailures(), lambda x: x)
+    guarded.during(1).score(samples)
+    assert guarded.logged_metrics() == {"accuracy": [0.25, 0.75, 0.25, 0.75]}
+    assert guarded.logged_metrics() == {}
+
+
+@pytest.mark.parametrize(
+    ("log", "complaint"),
+    [
+        (lambda log_extra, log_metric: log_extra("x", [1]), r"log_extra\('x'\) got 1 values for 2 responses"),
+        (lambda log_extra, log_metric: log_metric("x", "high"), r"log_metric\('x'\) needs a number"),
+        (lambda log_extra, log_metric: log_metric("x", None), r"log_metric\('x'\) needs a number"),
+    ],
+)
+def test_what_can_not_be_logged_is_refused_and_the_function_named(log, complaint):
+    def my_reward(prompts, log_extra, log_metric):
+        log(log_extra, log_metric)
+        return [1.0, 2.0]
+
+    with pytest.raises(UserError, match=f"^my_reward: {complaint}"):
+        FunctionReward(my_reward).score(replace(SAMPLES, extra={}))
+
+
+def test_log_extra_may_be_called_part_by_part():
+    def my_reward(prompts, log_extra):
+        for i in range(len(prompts)):
+            log_extra("index", [i])
+        return [1.0, 2.0]
+
+    samples = replace(SAMPLES, extra={})
+    FunctionReward(my_reward).score(samples)
+    assert samples.extra == {"index": [0, 1]}
+
+
+WORDS = {2: "<end>", 5: "yes", 6: "<think>", 7: "never", 8: "</think>"}
+TAGGED = Samples(
+    ["one", CHAT],
+    ["yes", "never"],
+    [[5, 2], [6, 7, 8]],
+    [False, True],
+    dropped_tokens=("<think>", "</think>"),
+    decode=lambda rows: ["".join(WORDS[i] for i in row) for row in rows],
+)
+
+
+def test_special_tokens_are_kept_on_request():
+    seen = []
+
+    def look(completions):
+        seen.append(completions)
+        return [0.0, 0.0]
+
+    FunctionReward(look).score(TAGGED)
+    FunctionReward(look, skip_special_tokens=False).score(TAGGED)
+    assert seen[0] == ["yes", [{"role": "assistant", "content": "never"}]]
+    assert seen[1] == ["yes<end>", [{"role": "assistant", "content": "<think>never</think>"}]]
+    tags = {"pattern": "<think>.*</think>", "skip_special_tokens": False}
+    assert FormatReward(**tags).score(TAGGED) == [0.0, 1.0]
+    with pytest.raises(UserError, match="text alone"):
+        FunctionReward(look, skip_special_tokens=False).score(SAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("reward", "names"),
+    [
+        (FunctionReward(length_alone), ["length_alone"]),
+        (WeightedRewards([FunctionReward(length_alone), FormatReward()]), ["length_alone", "FormatReward"]),
+        (Constant(1.0), ["Constant"]),
+        (FunctionReward(length_alone, skip_special_tokens=False), []),
+        (FunctionReward(lambda completion_ids: [1.0, 2.0]), []),
+        (OverlongPenalty(4, 2), []),
+        (LengthReward(most=3), []),
+    ],
+)
+def test_a_reward_that_does_not_see_all_that_was_sampled_is_named_once(reward, names, caplog):
+    for _ in range(2):
+        checked_scores(reward, TAGGED)
+    assert [record.args[0] for record in caplog.records] == names
+    assert all("'<think>', '</think>'" in record.message for record in caplog.records)
+    checked_scores(FunctionReward(length_alone), replace(TAGGED, dropped_tokens=()))
+    assert len(caplog.records) == len(names)
