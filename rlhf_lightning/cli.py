@@ -16,8 +16,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from rlhf_lightning import losses, modules, rewards, rollouts, worlds  # noqa: F401  (short class names in YAML)
 from rlhf_lightning.callbacks.checkpoint_file import LAST, WholeFiles, check_sound
 from rlhf_lightning.callbacks.export import ExportAtEnd
+from rlhf_lightning.callbacks.final_validation import FinalValidation
 from rlhf_lightning.callbacks.heartbeat import Heartbeat, lost_ranks
-from rlhf_lightning.callbacks.loggers import run_loggers, wandb_logger
+from rlhf_lightning.callbacks.loggers import continue_wandb, run_loggers, wandb_logger
 from rlhf_lightning.callbacks.metrics_file import RunMetrics
 from rlhf_lightning.callbacks.predictions import PredictionLines
 from rlhf_lightning.callbacks.progress import RunProgress
@@ -131,7 +132,12 @@ class RLHFCLI(LightningCLI):
             kwargs["logger"] = False
         elif config.trainer.logger is not False:
             kwargs["logger"] = self._loggers(config)
-        self.trainer_defaults["callbacks"] = [ForgetFailedStart(self.run_folder), PredictionLines(), RunState()]
+        self.trainer_defaults["callbacks"] = [
+            ForgetFailedStart(self.run_folder),
+            PredictionLines(),
+            RunState(),
+            FinalValidation(),
+        ]
         if config.trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(RunProgress())
         given = self.config_init[self.subcommand].trainer.plugins or []
@@ -155,7 +161,9 @@ class RLHFCLI(LightningCLI):
         given = self.config_init[self.subcommand].trainer.logger
         if given in (None, True):
             given = [] if config.wandb == "disabled" else [wandb_logger(folder, online=config.wandb == "online")]
-        return run_loggers(RunMetrics(folder), given if isinstance(given, list) else [given])
+        given = given if isinstance(given, list) else [given]
+        continue_wandb(given, folder)
+        return run_loggers(RunMetrics(folder), given)
 
 
 class BuildOnly(RLHFCLI):

@@ -1,9 +1,11 @@
 """At the end of a fit, leave a folder that plain transformers loads."""
 
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.ensemble import ScalarEnsemble, members_of
@@ -12,9 +14,15 @@ from rlhf_lightning.models.merging import own_adapter, plain_weights
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import is_sharded, whole_state_dict
 
+log = logging.getLogger(__name__)
+
 
 class ExportAtEnd(Callback):
-    """Writes ``export/`` into the run's folder; the next stage and everybody else starts from it."""
+    """Writes ``export/`` into the run's folder, from which the next stage starts.
+
+    With ``checkpoint.monitor`` it holds the best checkpoint, and ``export-last/`` beside it the last weights; else the last
+    weights. The log says which. After the fit the module has the weights of ``export/``.
+    """
 
     def __init__(self, folder: str | None = None, merge: bool = True, dtype: ExportDtype = "source") -> None:
         """Choose where and how to write.
@@ -32,8 +40,15 @@ class ExportAtEnd(Callback):
         if trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         run = trainer.default_root_dir
+        folder, best = Path(self.folder or Path(run, "export")), best_checkpoint(trainer)
         try:
-            export_module(pl_module, self.folder or Path(run, "export"), trainer.is_global_zero, self.merge, self.dtype)
+            if best is not None:
+                last = folder.with_name(f"{folder.name}-last")
+                export_module(pl_module, last, trainer.is_global_zero, self.merge, self.dtype)
+                load_weights(trainer, pl_module, best.path)
+                if trainer.is_global_zero:
+                    log.info("%s is the best checkpoint, %s; %s is the last", folder, best, last)
+            export_module(pl_module, folder, trainer.is_global_zero, self.merge, self.dtype)
         except UserError as error:
             where = (f" --output {self.folder}" if self.folder else "") + ("" if self.merge else " --merge false")
             where += "" if self.dtype == "source" else f" --dtype {self.dtype}"
@@ -42,6 +57,42 @@ class ExportAtEnd(Callback):
                 f"--run {run}{where}"
             ) from error
         trainer.strategy.barrier("export")
+
+
+class Best(NamedTuple):
+    """The best checkpoint of a run, and the value that it was chosen by."""
+
+    path: str
+    monitor: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.monitor} {self.value:.6g} in {self.path}"
+
+
+def best_checkpoint(trainer: Trainer) -> Best | None:
+    """The best of the checkpoints that ``checkpoint.monitor`` has kept; None where it is not set or has kept none."""
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
+            continue
+        path = trainer.strategy.broadcast(callback.best_model_path)
+        if path and Path(path).exists() and callback.best_model_score is not None:
+            return Best(path, callback.monitor, float(callback.best_model_score))
+        if trainer.is_global_zero and callback.save_top_k != 0:
+            logged = sorted(name for name in trainer.callback_metrics if "/" in name)
+            log.warning(
+                "checkpoint.monitor %s was never logged, so that no best checkpoint was kept and the last one is exported; "
+                "logged were %s",
+                callback.monitor,
+                ", ".join(logged) or "no values of a validation",
+            )
+    return None
+
+
+def load_weights(trainer: Trainer, module: LightningModule, path: str) -> None:
+    """Load the weights of a checkpoint into the module of a fit that is over; every rank must call."""
+    checkpoint = trainer.strategy.load_checkpoint(path, weights_only=True)
+    trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
 
 
 def gathered_weights(network: Any) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,35 @@ def servers_fault(error: BaseException) -> bool:
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in CLIENTS
 
 
+RUN_ID = "wandb_run_id.txt"
+
+
+def continue_wandb(loggers: list[Logger], folder: str) -> None:
+    """Give W&B loggers the id that a run's folder keeps, so that a resumed run is the same run there.
+
+    A logger with an id of the user's own keeps that.
+
+    Args:
+        loggers: Any; only those of W&B are changed, before they have begun.
+        folder: The run's folder; the id is written into it the first time, by the first rank.
+    """
+    for logger in loggers:
+        inner = logger.inner if isinstance(logger, Tolerant) else logger
+        if isinstance(inner, WandbLogger) and inner._wandb_init.get("id") is None:
+            inner._wandb_init["id"] = inner._id = run_id(Path(folder, RUN_ID))
+            inner._wandb_init["resume"] = "allow"
+
+
+def run_id(path: Path) -> str:
+    """The id that a file holds; a new one is written there if there is none."""
+    if not path.is_file():
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(f"{secrets.token_hex(4)}\n")
+        os.replace(scratch, path)
+    return path.read_text().strip()
+
+
 def run_loggers(local: Logger, given: list[Logger]) -> list[Logger]:
     """The file in the run's folder first, then whatever else was asked for.
 
@@ -156,7 +186,9 @@ def wandb_logger(folder: str, online: bool) -> WandbRun:
     os.environ.setdefault("WANDB_SILENT", "true")
     Path(folder).mkdir(parents=True, exist_ok=True)
     name = "/".join(Path(folder).parts[-2:])
-    return WandbRun(name=name, save_dir=folder, offline=not online, project="rlhf_lightning")
+    run = WandbRun(name=name, save_dir=folder, offline=not online, project="rlhf_lightning")
+    continue_wandb([run], folder)
+    return run
 
 
 def log_samples(logger: Logger, columns: list[str], rows: list[list[Any]], step: int) -> None:

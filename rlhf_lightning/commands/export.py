@@ -1,5 +1,6 @@
 """A checkpoint as a Hugging Face folder."""
 
+import logging
 from pathlib import Path
 
 from rlhf_lightning.callbacks.checkpoint_file import LAST, read
@@ -8,6 +9,8 @@ from rlhf_lightning.commands.restore import restored_module
 from rlhf_lightning.commands.run_folder import CONFIG
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.export import ExportDtype
+
+log = logging.getLogger(__name__)
 
 
 def export(
@@ -21,7 +24,7 @@ def export(
 
     Args:
         run: Folder of a ``fit``.
-        checkpoint: Which of its checkpoints; None for the last.
+        checkpoint: Which of its checkpoints; None for the best where ``checkpoint.monitor`` was set, else for the last.
         output: Where to; None for ``export`` in the run's folder.
         merge: An adapter is written merged into its base, and by itself below that; false for the latter alone.
         dtype: ``source`` writes the weights in the precision of the model that training started from, where that has fewer
@@ -31,7 +34,7 @@ def export(
     folder = Path(run)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{run} holds no {CONFIG}; give the folder of a fit")
-    path = Path(checkpoint) if checkpoint else folder / "checkpoints" / LAST
+    path = Path(checkpoint) if checkpoint else chosen_checkpoint(folder / "checkpoints")
     if not path.is_file():
         found = sorted(str(p) for p in (folder / "checkpoints").glob("*.ckpt"))
         raise UserError(
@@ -39,3 +42,19 @@ def export(
         )
     module = restored_module(folder / CONFIG, read(path))
     print(export_module(module, output or folder / "export", merge=merge, dtype=dtype))
+
+
+def chosen_checkpoint(folder: Path) -> Path:
+    """The checkpoint that a fit would have exported: the best one where a value was monitored, else the last."""
+    last = folder / LAST
+    if not last.is_file():
+        return last
+    for name, state in read(last)["callbacks"].items():
+        best = state.get("best_model_path") if name.startswith("RunCheckpoint") else None
+        if best and (path := folder / Path(best).name).is_file():
+            log.info(
+                "the best checkpoint is exported: %s %.6g in %s", state["monitor"], state["best_model_score"], path
+            )
+            return path
+    log.info("the last checkpoint is exported: %s", last)
+    return last

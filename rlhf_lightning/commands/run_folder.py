@@ -44,7 +44,7 @@ class RunFolder:
         if first_process():
             remove_leftovers(self.path)
             remove_leftovers(self.path / "checkpoints")
-            for folder in self.path.glob(".export.*"):
+            for folder in self.path.glob(".export*"):
                 shutil.rmtree(folder)
 
     def abandon(self) -> None:

@@ -1,0 +1,50 @@
+"""One validation at least: a run that would end without any validates after its last step."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class FinalValidation(Callback):
+    """Validates after the last step of a run, if the run has not validated before and has something to validate on.
+
+    Runs that end in the middle of their first epoch, or before the first ``val_check_interval``, would log no ``eval/`` at all.
+    ``trainer.limit_val_batches: 0`` turns this validation off too.
+    """
+
+    def __init__(self) -> None:
+        self.validated = False
+        self._every: tuple[int | None] | None = None  # check_val_every_n_epoch, to be put back
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validated": self.validated}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validated = state_dict["validated"]
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validated = self.validated or not trainer.sanity_checking
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.validated or not trainer.enable_validation or not is_last_batch(trainer):
+            return
+        # Lightning validates before it stops early, in epochs in which it validates at all.
+        self._every = (trainer.check_val_every_n_epoch,)
+        trainer.check_val_every_n_epoch = 1
+        trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._every is not None:
+            (trainer.check_val_every_n_epoch,) = self._every
+
+
+def is_last_batch(trainer: Trainer) -> bool:
+    """Whether the run ends after the batch that it is at the end of."""
+    if 0 < trainer.max_steps <= trainer.global_step:
+        return True
+    if trainer.should_stop and trainer.fit_loop._can_stop_early:
+        return True
+    last_epoch = trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch + 1
+    return last_epoch and trainer.fit_loop.epoch_loop._num_ready_batches_reached()
