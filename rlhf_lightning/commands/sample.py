@@ -12,10 +12,11 @@ from rich.progress import track
 from rich.table import Table
 
 from rlhf_lightning.data.cache import dataset_hash
+from rlhf_lightning.data.seeds import mixed_seed
 from rlhf_lightning.data.template_inputs import TEMPLATE_COLUMNS, set_default_variables
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.best_of_n import best_of_n_table
-from rlhf_lightning.evaluation.candidates import SEED_STEP, CandidateFile, PromptRows, Scorer, described
+from rlhf_lightning.evaluation.candidates import CandidateFile, PromptRows, Scorer, described
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.models.export import replace_file
 from rlhf_lightning.models.spec import ModelSpec
@@ -116,7 +117,8 @@ def select(
         if not samples:
             continue
         scores = torch.tensor([answer["score"] for answer in samples], dtype=torch.float64)
-        generator = torch.Generator().manual_seed(provenance["seed"] * SEED_STEP + index)
+        # Not the seeds that the answers were drawn from: whether one is accepted must not depend on how it was drawn.
+        generator = torch.Generator().manual_seed(mixed_seed("select", provenance["seed"], index))
         chosen = method.select(scores, [answer["text"] for answer in samples], generator)
         order, prompt = ranked(scores), candidate["prompt"]
         inputs = {name: candidate[name] for name in TEMPLATE_COLUMNS if name in candidate}

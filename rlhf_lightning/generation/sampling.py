@@ -99,8 +99,8 @@ def filtered(probabilities: Tensor, sampling: SamplingParameters) -> Tensor:
     """
     weights = probabilities
     if sampling.top_k:
-        least = weights.topk(min(sampling.top_k, weights.shape[-1]), dim=-1).values[:, -1:]
-        weights = weights.masked_fill(weights < least, 0)
+        kept = weights.topk(min(sampling.top_k, weights.shape[-1]), dim=-1).indices  # exactly k, also of equal ones
+        weights = torch.zeros_like(weights).scatter(-1, kept, weights.gather(-1, kept))
     if sampling.top_p < 1:
         ordered, order = weights.sort(dim=-1, descending=True)
         before = ordered.cumsum(-1) - ordered

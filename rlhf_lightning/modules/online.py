@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.data.seeds import mixed_seed
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.models.actor_critic import ActorCriticOutput
 from rlhf_lightning.models.sharding import gathered, wake
 from rlhf_lightning.modules.handoff import sharing_if_asked
 from rlhf_lightning.modules.metrics import log_evaluation, log_training
-from rlhf_lightning.modules.optimization import whole
+from rlhf_lightning.modules.optimization import norm_of, whole
 from rlhf_lightning.modules.ranks import over_ranks
 from rlhf_lightning.modules.rollout_metrics import evaluation_counts
 from rlhf_lightning.rewards.reward import Reward, checked_scores
@@ -55,7 +56,17 @@ def begin(module: Any) -> None:
             "use precision bf16-mixed or 32-true"
         )
     if module.trainer.world_size > 1:
-        torch.manual_seed(torch.initial_seed() + module.global_rank)
+        torch.manual_seed(rank_seed(torch.initial_seed(), module.global_rank))
+
+
+def rank_seed(seed: int, rank: int) -> int:
+    """The seed of a rank: on the first the seed itself, as in a run on one rank."""
+    return seed if rank == 0 else mixed_seed("rank", seed, rank)
+
+
+def validation_seed(number: int, rank: int) -> int:
+    """The seed of a validation batch: its index on the first rank, others on the others, which have other prompts."""
+    return number if rank == 0 else mixed_seed("validation", number, rank)
 
 
 def place(module: Any, root: nn.Module) -> None:
@@ -112,8 +123,17 @@ def scores_of(reward: Reward, responses: Responses) -> Tensor:
         return checked_scores(reward, responses.samples)
 
 
-def clipped_step(module: Any, max_grad_norm: float) -> None:
-    """Hold the gradients that stand against the guard, clip them, step; the norm before clipping is counted."""
+def clipped_step(module: Any, max_grad_norm: float, parts: dict[str, list[Tensor]] | None = None) -> None:
+    """Check the gradients, clip them, step; the norms before clipping are counted.
+
+    Args:
+        module: Has gradients, a ``guard`` and ``update_means``.
+        max_grad_norm: Norm that the gradients of all parameters together are clipped to.
+        parts: Parameters by name whose norms are counted too.
+    """
+    for name, parameters in (parts or {}).items():
+        own = norm_of([p.grad for p in parameters if p.grad is not None])
+        module.update_means.update({f"grad_norm/{name}": (own, 1)})
     norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
     module.guard.check(module, whole(norm))
     module.guard.watch(whole(norm), max_grad_norm, module.global_step)
@@ -128,12 +148,12 @@ def answer_fixed_prompts(module: Any, batch: PromptBatch, number: int) -> None:
     Args:
         module: Has ``sampling``, ``scorer``, ``eval_means``, and makes rollouts of responses.
         batch: Prompts.
-        number: Of the batch, which is the seed.
+        number: Of the batch, from which the seed follows.
     """
     modes = {"sampled": module.sampling, "greedy": replace(module.sampling, temperature=0)}
     module.scorer.logged_metrics()  # a skipped iteration's are not this validation's
     with torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []):
-        torch.manual_seed(number)
+        torch.manual_seed(validation_seed(number, module.global_rank))
         for mode, sampling in modes.items():
             responses = module._generate(batch, sampling)
             rollout = module._score(responses, scores_of(module.scorer, responses))

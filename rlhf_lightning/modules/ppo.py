@@ -217,7 +217,9 @@ class PPOModule(LightningModule):
             log_ratio_squares += squares
         if texts is not None:
             add_pretraining(self, texts)
-        clipped_step(self, self.update.max_grad_norm)
+        assert self.actor_critic is not None
+        policy, critic = (group["params"] for group in self.actor_critic.parameter_groups(None))
+        clipped_step(self, self.update.max_grad_norm, {"policy": policy, "critic": critic})
         return float(self.all_sum(log_ratio_squares) / tokens)
 
     def _micro_loss(self, rows: Rollout, same_weights: bool = False) -> tuple[Tensor, Tensor]:

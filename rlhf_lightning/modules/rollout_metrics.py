@@ -15,6 +15,7 @@ from rlhf_lightning.rollouts.collect import Responses
 UPDATE = (
     "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg", "loss/value_avg",
     "loss/ptx_avg", "val/clipfrac_avg", "val/ratio", "val/ratio_squared", "grad_norm",
+    "grad_norm/policy", "grad_norm/critic",
     *mismatch.MEANS, *mismatch.LOWEST, *mismatch.HIGHEST,
 )  # fmt: skip
 MODES = ("sampled", "greedy")

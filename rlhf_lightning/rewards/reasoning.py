@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict
 
+from rlhf_lightning.data.seeds import mixed_seed
 from rlhf_lightning.data.sources import Kind, Source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.rewards.answers import column
@@ -65,8 +66,12 @@ class ReasoningGymSource(Source):
 
     def load(self, kind: Kind) -> DatasetDict:
         """See :class:`Source`; the same for every kind."""
-        splits = {"train": (self.seed, self.size), "validation": (self.seed + 1_000_003, self.validation)}
-        return DatasetDict({name: Dataset.from_list(self._rows(*split)) for name, split in splits.items() if split[1]})
+        sizes = {"train": self.size, "validation": self.validation}
+        # The library draws row i from its seed plus i: seeds side by side would share all rows but one.
+        seeds = {name: mixed_seed(name, self.seed) % (2**31 - max(sizes.values())) for name in sizes}
+        return DatasetDict(
+            {name: Dataset.from_list(self._rows(seeds[name], size)) for name, size in sizes.items() if size}
+        )
 
     def _rows(self, seed: int, size: int) -> list[dict[str, str]]:
         import reasoning_gym

@@ -6,10 +6,15 @@ import pytest
 import torch
 
 from rlhf_lightning.generation.engine import SamplingParameters
+from rlhf_lightning.models.export import export_folder
+from rlhf_lightning.models.loading import load_scalar_model
+from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.guard import StepGuard
 from rlhf_lightning.rewards.function import FunctionReward
 from rlhf_lightning.rollouts.advantages import GAE
+from rlhf_lightning.worlds import world_tokenizer
 from tests.integration.test_iterations import fit, module_of, policy, sft  # noqa: F401
+from tests.invariance.subjects import Memory
 
 
 @pytest.mark.parametrize("constant", [True, False])
@@ -84,3 +89,19 @@ def test_methods_that_sample_warn_of_a_gradient_far_above_the_clip(policy, tmp_p
     with caplog.at_level(logging.WARNING):
         fit(module, tmp_path, prompts=32)
     assert caplog.text.count("diverges") == 1
+
+
+@pytest.mark.parametrize("critic", ["head", "separate"])
+def test_ppo_logs_the_gradient_norms_of_policy_and_critic_apart(policy, tmp_path, critic):  # noqa: F811
+    module = module_of("ppo", policy, iterations=1, minibatch_size=64)  # one step
+    if critic == "separate":
+        network = load_scalar_model(policy, world_tokenizer(), new_head=True)
+        module.critic_spec = ModelSpec(path=str(export_folder(network, world_tokenizer(), tmp_path / "critic")))
+    memory = Memory()
+    fit(module, tmp_path, logger=memory)
+    row = memory.rows[0]
+    whole = row["train/grad_norm/policy"] ** 2 + row["train/grad_norm/critic"] ** 2
+    assert row["train/grad_norm"] ** 2 == pytest.approx(whole, rel=1e-5)
+    assert row["train/grad_norm/policy"] > 0
+    assert row["train/grad_norm/critic"] > 0
+    assert row["train/grad_norm/critic"] != row["train/grad_norm/policy"]

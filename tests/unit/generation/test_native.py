@@ -146,3 +146,14 @@ def test_top_k_then_top_p():
     probabilities = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
     kept = filtered(probabilities, SamplingParameters(top_k=3, top_p=0.75))  # of .9 that top-k leaves, .675 are wanted
     torch.testing.assert_close(kept, torch.tensor([[0.4, 0.3, 0.0, 0.0]]))
+
+
+def test_top_k_keeps_exactly_k_tokens_also_where_some_are_equally_likely():
+    probabilities = torch.tensor([[0.2, 0.2, 0.2, 0.2, 0.2], [0.1, 0.3, 0.3, 0.15, 0.15], [0.5, 0.2, 0.15, 0.1, 0.05]])
+    for k in (1, 2, 3, 5, 9):
+        weights = filtered(probabilities, SamplingParameters(top_k=k))
+        assert (weights > 0).sum(1).tolist() == [min(k, 5)] * 3
+        kept = weights > 0
+        for row, keep in zip(probabilities, kept, strict=True):
+            assert row[keep].min() >= row.masked_fill(keep, 0).max()
+            assert torch.equal(weights[kept], probabilities[kept])

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from rlhf_lightning.data.seeds import mixed_seed
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.rewards import ReasoningGymReward, ReasoningGymSource
 from rlhf_lightning.rewards.reasoning import COLUMN
@@ -33,7 +34,7 @@ def test_prompts_come_from_the_seed_and_validation_has_others(rows):
     first = rows["train"][0]
     assert json.loads(first[COLUMN]) == {
         "task": "chain_sum",
-        "config": {**TASKS["chain_sum"], "seed": 5, "size": 3},
+        "config": {**TASKS["chain_sum"], "seed": mixed_seed("train", 5) % (2**31 - 3), "size": 3},
         "index": 0,
     }
     assert first["prompt"].endswith("Write your final answer between <answer> and </answer>.")
