@@ -22,7 +22,7 @@ class FinalValidation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.validated = state_dict["validated"]
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.validated = self.validated or not trainer.sanity_checking
 
     def on_train_batch_end(
@@ -38,6 +38,18 @@ class FinalValidation(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._every is not None:
             (trainer.check_val_every_n_epoch,) = self._every
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate now if the run was over when it was resumed: it was stopped in its last validation.
+
+        Lightning does not return to a validation after the last step.
+        """
+        if self.validated or not trainer.enable_validation or trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        pl_module.to(trainer.strategy.root_device)
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
 
 
 def is_last_batch(trainer: Trainer) -> bool:

@@ -16,7 +16,7 @@ class RunCheckpoint(ModelCheckpoint):
     """Writes ``last.ckpt`` every few minutes or batches, at the end of each epoch, and when the process is asked to end.
 
     Always between two optimizer steps, never inside of one: gradients that are being accumulated are in no checkpoint. The
-    one before is kept as ``previous.ckpt``. With ``monitor``, the best are kept too, under their step.
+    one before is kept as ``previous.ckpt``. With ``monitor``, the best are kept too, under their step, and the best one is exported.
 
     Counted in batches (PPO: iterations), not in optimizer steps as Lightning does: of those an iteration has many.
     """
@@ -37,7 +37,8 @@ class RunCheckpoint(ModelCheckpoint):
             every_n_batches: Batches (PPO: iterations) between two checkpoints; None does not count them.
             every_minutes: Minutes between two checkpoints, whatever comes first; None does not look at the clock.
             dirpath: Folder; None for ``checkpoints`` in the run's folder.
-            monitor: Logged name whose best values decide which checkpoints are kept beside the last; None keeps none.
+            monitor: Logged name whose best values decide which checkpoints are kept beside the last, and which is exported to
+                ``export/``; None keeps none, and exports the last.
             mode: Whether the best is the least or the greatest.
             save_top_k: How many of the best are kept; -1 for every checkpoint, with or without ``monitor``.
             filename: Of those that are kept.

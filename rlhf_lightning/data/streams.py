@@ -24,7 +24,8 @@ BATCH = 256  # rows of a table decoded together
 class StreamSource(Source):
     """Files in .json, .jsonl (also .gz), .parquet or .arrow, read from first to last in every epoch and shuffled in windows.
 
-    For training rows that neither memory nor the disk's cache is to hold. ``trainer.max_steps`` must say where the run ends.
+    For training rows that neither memory nor the disk's cache is to hold. ``trainer.max_steps``, ``trainer.max_time`` or, of a
+    method that samples, ``model.iterations`` must say where the run ends.
     """
 
     def __init__(self, path: str | list[str], validation_path: str | None = None, window_rows: int = 16384) -> None:

@@ -115,6 +115,7 @@ class GRPOModule(LightningModule):
         self.order = torch.Generator().manual_seed(torch.initial_seed())
         self.update_means, self.eval_means = update_means(), Means(EVALUATION)
         self.drawn: Drawn | None = None  # the last iteration's
+        self.parts: dict[str, Tensor] = {}  # scores of each part of the reward for all that was drawn in it
 
     def configure_model(self) -> None:
         """Load the policy, and its reference where the KL has a weight, once."""
@@ -165,13 +166,18 @@ class GRPOModule(LightningModule):
 
     def _collect(self, batch: PromptBatch) -> Rollout:
         reward = self.scorer.during(self.iteration + 1)
+        parts: dict[str, list[Tensor]] = {}
 
         def draw(prompts: PromptBatch) -> tuple[Responses, Tensor]:
             responses = self._generate(prompts, self.sampling)
-            return responses, scores_of(reward, responses)
+            scores = scores_of(reward, responses)
+            for name, part in self.reward.parts().items():
+                parts.setdefault(name, []).append(part)
+            return responses, scores
 
         size, wanted = self.groups.size, self.groups.prompts
         self.drawn = drawn = draw_groups(batch, size, wanted, draw, partial(least, self), self._judged)
+        self.parts = {name: torch.cat(scores) for name, scores in parts.items()}
         rollout = self._score(drawn.responses, drawn.scores)
         return self._with_greedy(rollout, drawn, reward) if self.advantages.needs_greedy else rollout
 
@@ -288,7 +294,7 @@ class GRPOModule(LightningModule):
         scheduler: Any = self.lr_schedulers()
         judged = self._judged(rollout.scores, rollout.truncated)
         means = group_means(rollout, judged, self.all_sum, reference=self.reference is not None)
-        means |= part_means(self.reward.parts(), self.all_sum, self.device)
+        means |= part_means(self.parts, self.all_sum, self.device)
         self.iteration += 1
         self.episodes += int(means.pop("episodes"))
         self.tokens += int(self.all_sum(rollout.attention_mask.sum()))

@@ -26,6 +26,7 @@ from rlhf_lightning.modules import GRPOModule, OnlineDPOModule
 from rlhf_lightning.modules.grpo_update import Groups, GRPOUpdate
 from rlhf_lightning.modules.optimization import Schedule
 from rlhf_lightning.modules.rollout_metrics import evaluation_counts
+from rlhf_lightning.rewards.composite import WeightedRewards
 from rlhf_lightning.rewards.function import FunctionReward
 from rlhf_lightning.rewards.judge import FunctionJudge, WinRateReward
 from rlhf_lightning.rollouts.group_advantages import BatchMean, GreedyBaseline, GroupMean, LeaveOneOut, ReturnToGo
@@ -293,3 +294,25 @@ def test_pairs_by_truncation_alone_are_counted_as_a_signal(policy, tmp_path, cap
     assert shares["mixed"][1] == 0
     assert shares["cut"] == (1.0, 1)
     assert caplog.text.count("nothing is learnt") == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "groups", "mean"),
+    [
+        ("remax", Groups(size=1), 0.0),  # four prompts, then their greedy responses
+        ("grpo", Groups(size=2, prompts=3), 0.25),  # three prompts that agree, then the fourth
+    ],
+)
+def test_parts_of_a_reward_are_means_over_all_that_was_drawn_to_be_learnt_from(policy, tmp_path, method, groups, mean):
+    calls = []
+
+    def number_of_the_call(prompts):
+        calls.append(len(prompts))
+        return [len(calls) - 1.0] * len(prompts)
+
+    module = grpo(policy, *METHODS[method], groups=groups)
+    module.reward = module.scorer.reward = WeightedRewards([FunctionReward(number_of_the_call)])
+    memory = Memory()
+    fit(module, tmp_path, 1, prompts=4, logger=memory)
+    assert len(calls) == 2
+    assert memory.rows[0]["train/rewards/number_of_the_call/mean"] == pytest.approx(mean)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from lightning.pytorch.callbacks import Timer
 
 from rlhf_lightning.data import chunks
 from rlhf_lightning.data.chunks import make_reading
@@ -312,6 +313,8 @@ def trainer(**fields):
         "max_epochs": -1,
         "limit_train_batches": 1.0,
         "val_check_interval": 1.0,
+        "callbacks": [],
+        "lightning_module": SimpleNamespace(),
     }
     return SimpleNamespace(**{**usual, **fields})
 
@@ -320,8 +323,10 @@ def test_a_run_over_a_stream_must_know_its_end():
     check_stream(trainer())
     check_stream(trainer(val_check_interval=5))
     check_stream(trainer(fast_dev_run=True, max_epochs=1, limit_train_batches=1))
+    check_stream(trainer(max_steps=-1, callbacks=[Timer(duration={"hours": 1})]))
+    check_stream(trainer(max_steps=-1, lightning_module=SimpleNamespace(iterations=5)))
     cases = {
-        "set trainer.max_steps": {"max_steps": -1},
+        "set trainer.max_steps": {"max_steps": -1, "lightning_module": SimpleNamespace(iterations=None)},
         "leave trainer.max_epochs out": {"max_epochs": 2},
         "leave limit_train_batches out": {"limit_train_batches": 6},
         "val_check_interval in batches": {"val_check_interval": 0.5},
