@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_lightning.errors import UserError, harmless
 
@@ -162,13 +163,14 @@ def continue_wandb(loggers: list[Logger], folder: str) -> None:
 
 
 def run_id(path: Path) -> str:
-    """The id that a file holds; a new one is written there if there is none."""
-    if not path.is_file():
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    """The id that a file holds; the first rank writes a new one there if there is none, and the others log nothing."""
+    if path.is_file():
+        return path.read_text().strip()
+    new = secrets.token_hex(4)
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(f"{secrets.token_hex(4)}\n")
-        os.replace(scratch, path)
-    return path.read_text().strip()
+        path.write_text(f"{new}\n")
+    return new
 
 
 def run_loggers(local: Logger, given: list[Logger]) -> list[Logger]:

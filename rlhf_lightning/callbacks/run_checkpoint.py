@@ -16,7 +16,8 @@ class RunCheckpoint(ModelCheckpoint):
     """Writes ``last.ckpt`` every few minutes or batches, at the end of each epoch, and when the process is asked to end.
 
     Always between two optimizer steps, never inside of one: gradients that are being accumulated are in no checkpoint. The
-    one before is kept as ``previous.ckpt``. With ``monitor``, the best are kept too, under their step, and the best one is exported.
+    one before is kept as ``previous.ckpt``. With ``monitor``, the best are kept too, under their step; the best of all is
+    exported.
 
     Counted in batches (PPO: iterations), not in optimizer steps as Lightning does: of those an iteration has many.
     """
