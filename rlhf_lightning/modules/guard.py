@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from rlhf_lightning.errors import UserError
 
 SHOWN = 3  # parameters named in the message; the file names all
-FAR, LONG = 100, 10  # times the clip, steps in a row: a gradient that is clipped so much says that a run diverges
+FAR, LONG = 100, 10  # times the clip, steps in a row: what is clipped so much sets no step length any more
 
 log = logging.getLogger(__name__)
 
@@ -109,10 +109,11 @@ class StepGuard:
 
 @rank_zero_only
 def warn_of_divergence(norm: float, clip: float, step: int) -> None:
-    """Log that gradients are clipped so much that the run probably diverges."""
+    """Log that gradients are clipped so much that the run may diverge."""
     log.warning(
         "the gradient norm has been more than %d times the clip for %d optimizer steps (%.3g at step %d, clipped to %g): the "
-        "run probably diverges; lower the learning rate, or look at the loss and its coefficients",
+        "run diverges, or its loss is of another scale than the clip; lower the learning rate, or raise the clip if the loss "
+        "falls",
         FAR,
         LONG,
         norm,
