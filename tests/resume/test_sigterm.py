@@ -69,7 +69,7 @@ def test_a_last_validation_that_was_stopped_is_made_up_for(crew, whole):
     """The run would end without any validation, and is asked to end in the one after its last step."""
     more = ("--trainer.max_steps", "1", "--trainer.num_sanity_val_steps", "0")
     _, folder = stopped(crew, "sft", "sft-term-last-validation", "validation", 1, more=more)
-    assert "eval/loss" not in (folder / "metrics.csv").read_text()
+    assert not (folder / "metrics.csv").exists()  # nothing was logged
     assert crew.go_on("sft", folder.name, *more).join() == [0]
     assert (folder / "metrics.csv").read_text() == (whole("sft", *more) / "metrics.csv").read_text()
     assert "eval/loss" in (folder / "metrics.csv").read_text()
