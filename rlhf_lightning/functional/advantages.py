@@ -18,12 +18,13 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lamb
     .. math:: \delta_t = r_t + \gamma V_{t+1} - V_t, \qquad A_t = \sum_{l \ge 0} (\gamma\lambda)^l \delta_{t+l}
 
     The value after the last counted token is zero: a response that was cut off is treated as finished (penalise it in
-    the reward instead).
+    the reward instead). Masked tokens between counted ones (a tool's output, say) take no time: the token that follows
+    :math:`t` is the next counted one, and nothing is discounted across the hole.
 
     Args:
         rewards: Reward of each response token, KL penalty included. Shape (batch, length), float32.
         values: Critic's value *before* each token. Shape (batch, length), float32.
-        mask: True on response tokens up to and including EOS. Shape (batch, length), bool.
+        mask: True on response tokens that count; holes are allowed. Shape (batch, length), bool.
         gamma: Discount per token, in [0, 1]; 1 for language models.
         gae_lambda: Bias-variance trade-off, in [0, 1]; 1 gives Monte-Carlo returns.
 
@@ -41,12 +42,14 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lamb
         )
     rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)  # padding may hold anything, NaN too
     advantages = torch.zeros_like(rewards)
-    following_advantage = following_value = torch.zeros_like(rewards[:, 0])
+    following_advantage = following_value = rewards.new_zeros(len(rewards))
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * following_value - values[:, t]
-        following_advantage = (delta + gamma * gae_lambda * following_advantage) * mask[:, t]
-        following_value = values[:, t]
-        advantages[:, t] = following_advantage
+        advantage = delta + gamma * gae_lambda * following_advantage
+        following_advantage = torch.where(mask[:, t], advantage, following_advantage)
+        following_value = torch.where(mask[:, t], values[:, t], following_value)
+        advantages[:, t] = advantage
+    advantages = advantages.masked_fill(~mask, 0)
     return advantages, advantages + values
 
 

@@ -55,10 +55,14 @@ class Rollout:
         return Rollout(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     def trimmed(self) -> "Rollout":
-        """Without the columns in which no row has a token: prompt columns on the left, response columns on the right."""
+        """Without the columns before the first token of any prompt and after the last counted token of any response.
+
+        One response column stays where no token counts, so that slices from the end keep their meaning.
+        """
         prompt_width = self.input_ids.shape[1] - self.response_mask.shape[1]
-        left = int(self.attention_mask.any(dim=0).long().argmax())
-        width = int(self.response_mask.any(dim=0).sum())
+        left = min(int(self.attention_mask.any(dim=0).long().argmax()), prompt_width)
+        counted = self.response_mask.any(dim=0).nonzero()
+        width = int(counted[-1]) + 1 if len(counted) else 1
         cut: dict[str, Tensor] = {}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -76,8 +80,7 @@ class Rollout:
 
         So many rows as ``together`` says stay side by side: those of one prompt, which is then read once.
         """
-        firsts = together * torch.randperm(len(self) // together, generator=generator)
-        order = (firsts[:, None] + torch.arange(together)).flatten().to(self.input_ids.device)
+        order = shuffled(len(self), generator, together).to(self.input_ids.device)
         for index in parts(order, size, most):
             yield self.rows(index)
 
@@ -85,6 +88,12 @@ class Rollout:
         """Consecutive rows, ``size`` at a time as in :meth:`minibatches`, each trimmed to its own width."""
         for index in parts(torch.arange(len(self), device=self.input_ids.device), size, most):
             yield self.rows(index).trimmed()
+
+
+def shuffled(rows: int, generator: torch.Generator, together: int = 1) -> Tensor:
+    """A fresh random order of ``rows`` rows, of which each ``together`` neighbours stay side by side. Shape (rows,), int64."""
+    firsts = together * torch.randperm(rows // together, generator=generator)
+    return (firsts[:, None] + torch.arange(together)).flatten()
 
 
 def parts(rows: Tensor, size: int, most: int | None = None) -> list[Tensor]:
