@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    ContinuousBatchingConfig,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.functional.logprobs import log_softmax, response_mask_from_tokens
 from rlhf_lightning.generation.engine import Generation, GenerationEngine, SamplingParameters
 from rlhf_lightning.generation.sampling import penalized, seen_tokens
 from rlhf_lightning.generation.stop_strings import StopStrings, stop_strings_of
@@ -49,15 +51,76 @@ class TransformersEngine(GenerationEngine):
         with no_defaults_of_the_model(network, config):
             if self.continuous_batching:
                 refuse_dropped(sampling)
-                return Generation(_continuously(network, input_ids, attention_mask, config))
+                return _continuously(network, input_ids, attention_mask, config, sampling.samples_the_policy)
             generate: Any = network.generate
+            rules = generation_rules(sampling, attention_mask, tokenizer)
+            drawn = DrawnLogprobs(sampling.temperature) if sampling.samples_the_policy else None
+            if drawn is not None:
+                rules["logits_processor"] = LogitsProcessorList(
+                    [drawn]
+                )  # a policy as it is has no other rules on logits
             output = generate(
                 inputs=input_ids,
                 attention_mask=attention_mask.long(),
                 generation_config=config,
-                **generation_rules(sampling, attention_mask, tokenizer),
+                **rules,
             )
-        return Generation(output[:, input_ids.shape[1] :])
+        tokens = output[:, input_ids.shape[1] :]
+        if drawn is None:
+            return Generation(tokens)
+        mask = until_the_end(tokens, eos_ids, stop_strings_of(sampling, tokenizer))
+        return Generation(tokens, drawn.of(tokens).masked_fill(~mask, 0))
+
+
+def until_the_end(tokens: Tensor, eos_ids: list[int], stops: StopStrings | None) -> Tensor:
+    """True up to and including what ends a response. Shape of ``tokens``, (batch, length), bool."""
+    mask, _ = response_mask_from_tokens(tokens, torch.tensor(eos_ids, device=tokens.device))
+    for row, ids in enumerate(tokens.tolist() if stops is not None else []):
+        assert stops is not None
+        mask[row, stops.end(ids) or len(ids) :] = False
+    return mask
+
+
+class DrawnLogprobs(LogitsProcessor):
+    """Keeps the log-probability of each token as it is drawn, and changes nothing.
+
+    ``generate`` could return the scores of all steps, which are as many as tokens times vocabulary. Here those of one step are
+    kept until the next call shows which token was drawn.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        """Args: ``temperature``, which ``generate`` applies after this."""
+        self.temperature = temperature
+        self.before: Tensor | None = None
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Take note of the token drawn last; called by ``generate`` before it draws the next.
+
+        Args:
+            input_ids: What there is so far. Shape (batch, length), int64.
+            scores: Logits of the next token. Shape (batch, vocabulary).
+        """
+        if self.before is not None:
+            self._saw(input_ids[:, -1])
+        self.before = log_softmax(scores, self.temperature)
+        return scores
+
+    def _saw(self, tokens: Tensor) -> None:
+        assert self.before is not None
+        self.logprobs.append(self.before.gather(-1, tokens[:, None]).squeeze(-1).float())
+
+    def of(self, tokens: Tensor) -> Tensor:
+        """The log-probabilities of all that was drawn; anything after the end of a response.
+
+        Args:
+            tokens: The responses. Shape (batch, longest), int64.
+
+        Returns:
+            Same shape, float32, nats.
+        """
+        self._saw(tokens[:, -1])
+        return torch.stack(self.logprobs, dim=1)
 
 
 @contextmanager
@@ -85,9 +148,9 @@ def refuse_dropped(sampling: SamplingParameters) -> None:
 
 
 def _continuously(
-    network: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig
-) -> Tensor:
-    """Shape (batch, longest response), int64.
+    network: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig, logprobs: bool
+) -> Generation:
+    """Responses by continuous batching, with their log-probabilities where these are wanted.
 
     Raises:
         UserError: If a response could not be generated.
@@ -98,14 +161,20 @@ def _continuously(
     network.set_attn_implementation("sdpa")  # of which it has a paged version
     try:
         # Without the graphs that it would capture first: weights change from call to call.
-        outputs = generate(prompts, generation_config=config, warmup=False)
+        batching = ContinuousBatchingConfig(return_logprobs=logprobs)
+        outputs = generate(prompts, generation_config=config, continuous_batching_config=batching, warmup=False)
     finally:
         network.set_attn_implementation(known)
     ordered = [outputs[name] for name in sorted(outputs, key=lambda name: int(name.rsplit("_", 1)[-1]))]
     if failed := [output.error for output in ordered if output.error is not None]:
         raise UserError(f"continuous batching failed on {len(failed)} of {len(prompts)} prompts: {failed[0]}")
-    rows = [torch.tensor(output.generated_tokens, device=input_ids.device) for output in ordered]
-    return pad_sequence(rows, batch_first=True, padding_value=int(config.pad_token_id))
+    device = input_ids.device
+    rows = [torch.tensor(output.generated_tokens, device=device) for output in ordered]
+    tokens = pad_sequence(rows, batch_first=True, padding_value=int(config.pad_token_id))
+    if not logprobs:
+        return Generation(tokens)
+    drawn = [torch.tensor(output.logprobs, dtype=torch.float32, device=device) for output in ordered]
+    return Generation(tokens, pad_sequence(drawn, batch_first=True))
 
 
 def generation_settings(sampling: SamplingParameters, *, eos_ids: list[int], pad_id: int) -> GenerationConfig:

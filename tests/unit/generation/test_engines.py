@@ -1,6 +1,7 @@
 """Generation: greedy against an argmax loop, sampling against the softmax, and what must not change either."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,3 +182,53 @@ def test_continuous_batching_answers_alike_and_leaves_the_network_as_it_was(netw
         generate(TransformersEngine(continuous_batching=True), network, only_the_likeliest, ends=ends), plain
     )
     assert network.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_what_an_engine_drew_with_is_what_a_forward_gives(engine, network, temperature):
+    """Teacher forcing, row by row; zero after the end of a response."""
+    torch.manual_seed(1)
+    ends = [5, 9]
+    sampling = SamplingParameters(max_new_tokens=8, temperature=temperature)
+    ids, mask = (x.repeat(4, 1) for x in left_padded(extra=2))
+    drawn = engine.generate(network, ids, mask, sampling, eos_ids=ends, pad_id=PAD)
+    assert drawn.logprobs.shape == drawn.tokens.shape
+    assert drawn.logprobs.dtype == torch.float32
+    lengths = set()
+    for row, tokens in enumerate(drawn.tokens.tolist()):
+        prompt = ids[row][mask[row]].tolist()
+        length = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+        with torch.no_grad():
+            logits = network(input_ids=torch.tensor([prompt + tokens[:length]])).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits / temperature, -1).gather(-1, torch.tensor(tokens[:length])[:, None])[:, 0]
+        torch.testing.assert_close(drawn.logprobs[row, :length], expected, rtol=1e-4, atol=1e-4)
+        assert (drawn.logprobs[row, length:] == 0).all()
+        lengths.add(length)
+    assert len(lengths) > 2
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParameters(4, top_k=3), SamplingParameters(4, top_p=0.5)])
+def test_what_is_not_the_policys_distribution_has_no_log_probabilities(engine, network, sampling):
+    ids, mask = left_padded()
+    assert engine.generate(network, ids, mask, sampling, eos_ids=NEVER, pad_id=PAD).logprobs is None
+
+
+def test_continuous_batching_hands_its_log_probabilities_on(network, monkeypatch):
+    """With a stand-in: the real one takes most of a machine's memory for its cache."""
+    asked = []
+
+    def generate_batch(prompts, continuous_batching_config, **settings):
+        asked.append(continuous_batching_config.return_logprobs)
+        answers = {"r_10": ([9], [-0.5]), "r_2": ([6, 9], [-1.0, -2.0]), "r_3": ([7], [-3.0])}
+        return {
+            name: SimpleNamespace(error=None, generated_tokens=tokens, logprobs=logprobs if asked[-1] else [])
+            for name, (tokens, logprobs) in answers.items()
+        }
+
+    monkeypatch.setattr(network, "generate_batch", generate_batch)
+    engine, (ids, mask) = TransformersEngine(continuous_batching=True), left_padded()
+    drawn = engine.generate(network, ids, mask, SamplingParameters(max_new_tokens=2), eos_ids=[9], pad_id=PAD)
+    assert drawn.tokens.tolist() == [[6, 9], [7, PAD], [9, PAD]]
+    assert drawn.logprobs.tolist() == [[-1.0, -2.0], [-3.0, 0.0], [-0.5, 0.0]]
+    assert engine.generate(network, ids, mask, GREEDY, eos_ids=[9], pad_id=PAD).logprobs is None
+    assert asked == [True, False]
