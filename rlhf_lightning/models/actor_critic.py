@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lightning.models.policy import PolicyNetwork, score_tokens
@@ -80,7 +81,9 @@ class ActorCritic(nn.Module):
             return self.critic(input_ids, attention_mask, pooled=False)
         assert states is not None
         with torch.autocast(states.hidden.device.type, enabled=False):
-            return self.value_head(states.hidden.float()).squeeze(-1)[states.at]
+            # In float32, whatever the weights are: bfloat16 values of neighbouring tokens tie.
+            head = self.value_head
+            return F.linear(states.hidden.float(), head.weight.float(), head.bias.float()).squeeze(-1)[states.at]
 
     def parameter_groups(self, critic_lr: float | None) -> list[dict]:
         """Optimizer groups: the policy, and the critic with a learning rate of its own where one is given."""

@@ -165,11 +165,11 @@ def _made(job: _Job, hidden: Tensor, tokens: Tensor) -> tuple[_Made, Tensor, Tok
 
 
 class _Sums:
-    """Gradients of the positions side by side, those of the weights added up."""
+    """Gradients of the positions side by side, those of the weights added up, in float32 at least."""
 
     def __init__(self, hidden: Tensor, weights: Any) -> None:
         self.hidden: list[Tensor] = []
-        self.weights = [torch.zeros_like(w) for w in weights]
+        self.weights = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
         self.inputs = list(weights)
 
     def add(self, made: _Made, gradient: Tensor) -> None:
@@ -179,4 +179,5 @@ class _Sums:
             total += part
 
     def result(self) -> tuple[Tensor, ...]:
-        return (torch.cat(self.hidden), *self.weights)
+        weights = (total.to(w.dtype) for total, w in zip(self.weights, self.inputs, strict=True))
+        return (torch.cat(self.hidden), *weights)

@@ -21,6 +21,7 @@ from transformers import (
 from rlhf_lightning.errors import UserError, missing_model
 from rlhf_lightning.models.adapter_files import read_adapter
 from rlhf_lightning.models.adapters import has_adapter, same_adapter_again, with_adapter
+from rlhf_lightning.models.precision import cast
 from rlhf_lightning.models.quantization import quantized
 from rlhf_lightning.models.spec import ModelSpec
 
@@ -231,7 +232,8 @@ def _from_scratch(auto: Any, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **ids, **fields, **kwargs})
     model = auto.from_config(_without_dropout(config), attn_implementation=spec.attn_implementation)
-    return model.to(getattr(torch, spec.dtype))
+    cast(model, getattr(torch, spec.dtype))
+    return model
 
 
 def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:

@@ -3,13 +3,14 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.attention import use_rows
 from rlhf_lightning.models.head import head_logits, head_scores
 from rlhf_lightning.models.loading import embedding_weight
+from rlhf_lightning.models.precision import Float32Buffers
 from rlhf_lightning.models.trunk import States, hidden_states
 
 
@@ -31,7 +32,7 @@ class PolicyOutput(NamedTuple):
     collisions: Tensor | None = None
 
 
-class PolicyNetwork(nn.Module):
+class PolicyNetwork(Float32Buffers):
     """Wraps a causal language model so that one forward does all that a training step needs.
 
     The head is applied to the asked-for positions only: prompts and padding never meet the vocabulary.

@@ -2,19 +2,20 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.masked import last_true
 from rlhf_lightning.models.attention import use_rows
 from rlhf_lightning.models.loading import is_encoder, last_linear, scalar_head
+from rlhf_lightning.models.precision import Float32Buffers
 from rlhf_lightning.models.trunk import hidden_states
 
 SCALES = {"gain": 1.0, "bias": 0.0, "temperature": 0.0}  # what they are before they are measured
 
 
-class ScalarModel(nn.Module):
+class ScalarModel(Float32Buffers):
     """One scalar a position: ``gain * score(hidden) + bias``; with several heads on one trunk, one of each.
 
     ``gain`` and ``bias`` normalise a reward model's scores (mean 0 on reference responses). Over the ``temperature``, 0

@@ -48,6 +48,8 @@ class ModelSpec:
             ``{model_type: llama, hidden_size: 96, num_hidden_layers: 3}``. Vocabulary and special tokens come from the
             tokenizer.
         dtype: Of the weights. Losses and log-softmax are float32 whatever this is, and so are the weights of an adapter.
+            Trained weights in half precision need :class:`~rlhf_lightning.modules.master_weights.MasterWeights` at learning
+            rates below 1e-4; a frozen reference or reward model may be in half precision.
         attn_implementation: As in transformers: sdpa, eager, flash_attention_2, ...; None for its choice.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         adapter: Train this beside the weights instead of the weights; None trains them all.
@@ -80,3 +82,15 @@ class ModelSpec:
     def shares_base_with(self, other: "ModelSpec") -> bool:
         """Whether both are adapters on one and the same base, which then need not be loaded twice."""
         return None not in (self.adapter, other.adapter) and replace(self, adapter=other.adapter) == other
+
+
+def as_wide_as(policy: ModelSpec, reference: ModelSpec | None) -> ModelSpec:
+    """The reference of a policy: one in float32 is read in the policy's half precision, for both must round alike.
+
+    Args:
+        policy: What is trained.
+        reference: What it is compared with; None for the policy as it starts.
+    """
+    if reference is None:
+        return policy
+    return replace(reference, dtype=policy.dtype) if reference.dtype == "float32" else reference
