@@ -17,9 +17,11 @@ from rlhf_lightning.losses.pairs import Counted, Needs, Pairs, ScoredResponses
 from rlhf_lightning.models.frozen import Frozen, policy_as_it_starts
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
-from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.models.spec import ModelSpec, as_wide_as
 from rlhf_lightning.modules.guard import StepGuard
+from rlhf_lightning.modules.half_precision import place_reference, prepare_precision, warn_of_rounded_reference
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
+from rlhf_lightning.modules.master_weights import build_optimizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
 from rlhf_lightning.modules.moving_reference import MovingReference
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled, trained_parameters
@@ -65,7 +67,7 @@ class DPOModule(LightningModule):
         if moving_reference is not None:
             moving_reference.check(policy, precompute_reference)
         self.sampling = sampling
-        self.policy_spec, self.reference_spec, self.loss = policy, reference or policy, loss
+        self.policy_spec, self.reference_spec, self.loss = policy, as_wide_as(policy, reference), loss
         self.optimizer_factory, self.schedule = optimizer, schedule
         self.precompute_reference, self.moving_reference = precompute_reference, moving_reference
         self.model_path = policy.path
@@ -77,6 +79,7 @@ class DPOModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the policy and its reference, once."""
+        prepare_precision(self)
         if self.policy is not None:
             return
         self.tokenizer = training_tokenizer(self, self.policy_spec.path, self.reference_spec.path)
@@ -99,6 +102,7 @@ class DPOModule(LightningModule):
     def _load_reference(self, policy: PolicyNetwork) -> Frozen:
         if self.reference_spec == self.policy_spec:
             return policy_as_it_starts(policy, self.policy_spec, self.tokenizer, policy)
+        warn_of_rounded_reference(self)
         return Frozen(PolicyNetwork(load_causal_lm(self.reference_spec, self.tokenizer)))
 
     def on_fit_start(self) -> None:
@@ -110,8 +114,7 @@ class DPOModule(LightningModule):
         self.on_validation_start()
 
     def on_validation_start(self) -> None:
-        if self.reference is not None:
-            self.reference.to(self.device)
+        place_reference(self, self.reference)
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -198,7 +201,7 @@ class DPOModule(LightningModule):
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
-        return scheduled(self.optimizer_factory(trained_parameters(self)), self.schedule, self.trainer)
+        return scheduled(build_optimizer(self, trained_parameters(self)), self.schedule, self.trainer)
 
 
 def check_reference(

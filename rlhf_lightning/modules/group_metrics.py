@@ -16,7 +16,7 @@ from rlhf_lightning.rollouts.buffer import Rollout
 
 UPDATE = (
     "policy_loss", "kl_loss", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
-    "policy/approxkl_avg", "staleness", "grad_norm", *mismatch.MEANS, *mismatch.LOWEST, *mismatch.HIGHEST,
+    "policy/approxkl_avg", "val/ratio", "staleness", "grad_norm", *mismatch.MEANS, *mismatch.LOWEST, *mismatch.HIGHEST,
 )  # fmt: skip
 
 

@@ -24,7 +24,9 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.group_metrics import group_means, length_extremes, update_means
 from rlhf_lightning.modules.grpo_update import Groups, GRPOUpdate, check_groups
 from rlhf_lightning.modules.guard import StepGuard
+from rlhf_lightning.modules.half_precision import prepare_precision
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
+from rlhf_lightning.modules.master_weights import build_optimizer
 from rlhf_lightning.modules.metrics import Means, log_training
 from rlhf_lightning.modules.online import (
     all_sum,
@@ -33,10 +35,14 @@ from rlhf_lightning.modules.online import (
     check_sampling,
     clipped_step,
     count_without_signal,
+    engine_gave_old_logprobs,
     fewest,
+    first_micro_batches,
     least,
     log_fixed_prompts,
     log_iteration,
+    measured,
+    old_logprobs_of,
     place,
     policy_alone,
     respond,
@@ -55,7 +61,7 @@ from rlhf_lightning.rollouts.collect import Responses, score_responses
 from rlhf_lightning.rollouts.group_advantages import CriticFree
 from rlhf_lightning.rollouts.groups import Drawn, draw_groups, prompts_of
 from rlhf_lightning.rollouts.kl_control import KLControl
-from rlhf_lightning.rollouts.mismatch import differences, refuse_other_numbers, weighed
+from rlhf_lightning.rollouts.mismatch import differences, refuse_other_numbers
 
 
 class GRPOModule(LightningModule):
@@ -119,6 +125,7 @@ class GRPOModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the policy, and its reference where the KL has a weight, once."""
+        prepare_precision(self)
         if self.policy is not None:
             return
         self.tokenizer = training_tokenizer(self, self.policy_spec.path)
@@ -157,10 +164,9 @@ class GRPOModule(LightningModule):
             return
         in_reward = self.kl.coef if self.objective.kl_placement == "reward_k1" else 0.0
         rollout = self.advantages.estimate(rollout, kl_coef=in_reward, all_sum=self.all_sum)
-        if not self.engine.same_numbers:
-            assert self.drawn is not None
-            rollout, counted = weighed(rollout, self.drawn.responses.drawn, self.update.importance)
-            self.update_means.update(counted)
+        assert self.drawn is not None
+        assert self.policy is not None
+        rollout = measured(self, self.policy, rollout, self.drawn.responses.drawn)
         stopped = self._learn(rollout)
         self._finish(rollout, stopped)
 
@@ -178,7 +184,9 @@ class GRPOModule(LightningModule):
         size, wanted = self.groups.size, self.groups.prompts
         self.drawn = drawn = draw_groups(batch, size, wanted, draw, partial(least, self), self._judged)
         self.parts = {name: torch.cat(scores) for name, scores in parts.items()}
-        rollout = self._score(drawn.responses, drawn.scores)
+        assert self.policy is not None
+        batches = first_micro_batches(self, self.policy, len(drawn.scores), self.groups.size)
+        rollout = self._score(drawn.responses, drawn.scores, batches)
         return self._with_greedy(rollout, drawn, reward) if self.advantages.needs_greedy else rollout
 
     def _judged(self, scores: Tensor, truncated: Tensor) -> Tensor:
@@ -199,7 +207,8 @@ class GRPOModule(LightningModule):
         assert self.policy is not None
         return respond(self, self.policy, self.policy.network, batch, sampling)
 
-    def _score(self, responses: Responses, scores: Tensor) -> Rollout:
+    def _score(self, responses: Responses, scores: Tensor, batches: list[Tensor] | None = None) -> Rollout:
+        assert self.policy is not None
         return score_responses(
             responses,
             partial(policy_alone, self),
@@ -208,7 +217,9 @@ class GRPOModule(LightningModule):
             temperature=self.sampling.temperature,
             micro_batch_size=self.update.micro_batch_size,
             most=fewest(self, self.update.micro_batch_size, len(responses.truncated)),
-            keep_logprobs=self.engine.same_numbers,
+            keep_logprobs=old_logprobs_of(self, self.policy) == "sampled",
+            batches=batches,
+            share_prompts=batches is not None,  # as the policy does
             group_size=self.groups.size,
         )
 
@@ -251,9 +262,11 @@ class GRPOModule(LightningModule):
         self.optimizers().zero_grad()  # type: ignore[union-attr]
         total = Counts(*(self.all_sum(count) for count in counts(self._counted(minibatch))))
         log_ratio_squares = torch.zeros((), dtype=torch.float32, device=self.device)
+        assert self.policy is not None
+        checked = self.drawn is not None and engine_gave_old_logprobs(self, self.policy, self.drawn.responses.drawn)
         most = fewest(self, self.update.micro_batch_size, len(minibatch))
         for micro in minibatch.micro_batches(self.update.micro_batch_size, most):
-            loss, squares = self._micro_loss(micro, total, taken == 0 and self.engine.same_numbers)
+            loss, squares = self._micro_loss(micro, total, taken == 0 and checked)
             # DDP averages gradients over ranks: times the world size makes it a sum, over all ranks' tokens.
             self.manual_backward(self.guard.saw(micro, loss * self.trainer.world_size))
             log_ratio_squares += squares
@@ -268,12 +281,13 @@ class GRPOModule(LightningModule):
         logprobs, entropy = (x[:, -width:] for x in (output.logprobs, output.entropy))
         if same_weights:
             self.update_means.update(differences(logprobs, rows.logprobs, rows.response_mask))
-            refuse_other_numbers(logprobs, rows.logprobs, rows.response_mask, str(self.trainer.precision))
+            refuse_other_numbers(logprobs, rows.logprobs, rows.response_mask)
         loss, low, high = self.objective.loss.tokens(logprobs, rows.logprobs, rows.advantages, mask)
         kl = self.kl.coef * self.objective.kl_tokens(logprobs - rows.ref_logprobs, mask)
         weights = token_weights(mask, how=self.objective.aggregation, total=total, longest=self.sampling.max_new_tokens)
         policy, divergence, bonus = (masked_sum(weights * x, mask) for x in (loss, kl, entropy))
-        squares = masked_sum(kl_k2((logprobs - rows.logprobs).detach()), mask)
+        log_ratio = (logprobs - rows.logprobs).detach()
+        squares = masked_sum(kl_k2(log_ratio), mask)
         tokens = mask.sum()
         per_token = {
             "entropy": masked_sum(entropy, mask),
@@ -281,6 +295,7 @@ class GRPOModule(LightningModule):
             "clip_ratio/high_mean": high.sum(),
             "clip_ratio/region_mean": (low | high).sum(),
             "policy/approxkl_avg": squares,
+            "val/ratio": masked_sum(log_ratio.exp(), mask),
         }
         share = tokens / total.tokens.clamp(min=1)  # of the step, so that a mean over steps comes out
         per_step = {"policy_loss": policy, "kl_loss": divergence}
@@ -345,7 +360,7 @@ class GRPOModule(LightningModule):
     # ---------------------------------------------------------------- optimizer and state
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_factory(trained_parameters(self))
+        optimizer = build_optimizer(self, trained_parameters(self))
         self.plan = plan_run(self, self._steps_of)
         return [optimizer], [self.schedule.attach(optimizer, self.plan.iterations)]
 

@@ -18,9 +18,16 @@ from rlhf_lightning.losses import KTOLoss, UnpairedLoss
 from rlhf_lightning.models.frozen import Frozen, policy_as_it_starts
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
-from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.models.spec import ModelSpec, as_wide_as
 from rlhf_lightning.modules.guard import StepGuard
+from rlhf_lightning.modules.half_precision import (
+    computes_in_half,
+    place_reference,
+    prepare_precision,
+    warn_of_rounded_reference,
+)
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
+from rlhf_lightning.modules.master_weights import build_optimizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled, trained_parameters
 from rlhf_lightning.modules.running_mean import RunningMean
@@ -69,7 +76,7 @@ class KTOModule(LightningModule):
             sampling: How the samples that a person sees are drawn.
         """
         super().__init__()
-        self.policy_spec, self.reference_spec, self.loss = policy, reference or policy, loss
+        self.policy_spec, self.reference_spec, self.loss = policy, as_wide_as(policy, reference), loss
         self.optimizer_factory, self.schedule, self.sampling = optimizer, schedule, sampling
         self.model_path = policy.path
         self.policy: PolicyNetwork | None = None
@@ -96,6 +103,7 @@ class KTOModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the policy and its reference, once."""
+        prepare_precision(self)
         if self.policy is not None:
             return
         self.tokenizer = training_tokenizer(self, self.policy_spec.path, self.reference_spec.path)
@@ -103,14 +111,14 @@ class KTOModule(LightningModule):
         if self.reference_spec == self.policy_spec:
             self.reference = policy_as_it_starts(self.policy, self.policy_spec, self.tokenizer, self.policy)
         else:
+            warn_of_rounded_reference(self)
             self.reference = Frozen(PolicyNetwork(load_causal_lm(self.reference_spec, self.tokenizer)))
         check_context(self, self.policy.network)
         shard_if_asked(self, self.policy)
         shard_if_asked(self, self.reference.own_network)
 
     def on_fit_start(self) -> None:
-        assert self.reference is not None
-        self.reference.to(self.device)
+        place_reference(self, self.reference)
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
@@ -129,10 +137,7 @@ class KTOModule(LightningModule):
     def _loss(self, batch: UnpairedBatch) -> tuple[Tensor, Tensor, Counted]:
         """Summed loss, the log-ratio of each answer, and what loss and diagnostics are means of."""
         rows, mismatched = len(batch.label), self.loss.baseline == "mismatched"
-        assert self.reference is not None
-        read = slice(2 * rows if mismatched else rows)
-        reference = self.reference(*inputs(batch, read), share_prompts=True)
-        ref_logps = sequence_logprobs(reference.logprobs, batch.response_mask[read, 1:])
+        ref_logps = self._reference_logps(batch, slice(2 * rows if mismatched else rows))
         shift = self._mismatched_kl(batch, ref_logps[rows:]) if mismatched else ref_logps.new_tensor(self.seen.value)
         output, mask = self(batch), batch.response_mask[:rows, 1:]
         logps = sequence_logprobs(output.logprobs, mask)
@@ -142,6 +147,18 @@ class KTOModule(LightningModule):
         if self.loss.baseline != "none":
             counted |= {"kl": (shift, 1)} if mismatched else {"delta": (self.loss.reward_scale * shift, 1)}
         return loss.sum(), logratio, counted
+
+    def _reference_logps(self, batch: UnpairedBatch, read: slice) -> Tensor:
+        """The reference's log-probability of each of these answers. Shape (answers,)."""
+        assert self.reference is not None
+        assert self.policy is not None
+        rows = len(batch.label)
+        if read.stop == rows or not computes_in_half(self, self.policy):
+            logprobs = self.reference(*inputs(batch, read), share_prompts=True).logprobs
+        else:  # in the policy's two calls: half precision rounds differently in another batch
+            own = self.reference(*inputs(batch, slice(rows)), share_prompts=True).logprobs
+            logprobs = torch.cat([own, self.reference(*inputs(batch, slice(rows, read.stop))).logprobs])
+        return sequence_logprobs(logprobs, batch.response_mask[read, 1:])
 
     @torch.no_grad()
     def _mismatched_kl(self, batch: UnpairedBatch, ref_logps: Tensor) -> Tensor:
@@ -205,7 +222,7 @@ class KTOModule(LightningModule):
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
-        return scheduled(self.optimizer_factory(trained_parameters(self)), self.schedule, self.trainer)
+        return scheduled(build_optimizer(self, trained_parameters(self)), self.schedule, self.trainer)
 
 
 def inputs(batch: UnpairedBatch, rows: slice) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,12 +1,12 @@
 """Means that are right over uneven batches and several ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
@@ -43,6 +43,10 @@ class Means(Metric):
         for state in ("sums", "counts"):
             self.add_state(state, torch.zeros(len(self.names), dtype=torch.float32), dist_reduce_fx="sum")
         self.add_state("peaks", torch.full((len(self.names),), -torch.inf, dtype=torch.float32), dist_reduce_fx="max")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        """Follow the module to its device, but not to half precision, in which counts above 256 stand still."""
+        return super()._apply(lambda state: state.to(fn(state).device), exclude_state)
 
     def update(self, values: dict[str, tuple[Tensor, Tensor | int]]) -> None:
         """Add sums and counts.

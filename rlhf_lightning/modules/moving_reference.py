@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.precision import HALF, weight_dtypes
 from rlhf_lightning.models.spec import ModelSpec
 
 
@@ -57,8 +58,14 @@ class MovingReference:
         """Hold it against what was built.
 
         Raises:
-            UserError: If the weights of the two don't correspond, or FSDP1 is to lay them out.
+            UserError: If the weights of the two don't correspond, FSDP1 is to lay them out, or a mix would be rounded away.
         """
+        precision = "32-true" if strategy is None else str(strategy.precision_plugin.precision)
+        if self.alpha < 1 and (precision.endswith("16-true") or weight_dtypes(reference) & set(HALF)):
+            raise UserError(
+                "a moving reference in half precision stays behind, for small moves are lost in its rounding: set "
+                "moving_reference.alpha to 1, or use trainer.precision bf16-mixed with dtype float32"
+            )
         if isinstance(strategy, FSDPStrategy):
             raise UserError(
                 "FSDP1 hides which weights correspond; for moving_reference use -c configs/strategy/fsdp2.yaml"

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,16 +15,19 @@ from transformers import PreTrainedModel
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.data.seeds import mixed_seed
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.generation.engine import SamplingParameters
+from rlhf_lightning.generation.engine import Generation, SamplingParameters
 from rlhf_lightning.models.actor_critic import ActorCriticOutput
 from rlhf_lightning.models.sharding import gathered, wake
+from rlhf_lightning.modules.half_precision import computes_in_half, place_reference
 from rlhf_lightning.modules.handoff import sharing_if_asked
 from rlhf_lightning.modules.metrics import log_evaluation, log_training
 from rlhf_lightning.modules.optimization import norm_of, whole
 from rlhf_lightning.modules.ranks import over_ranks
 from rlhf_lightning.modules.rollout_metrics import evaluation_counts
 from rlhf_lightning.rewards.reward import Reward, checked_scores
+from rlhf_lightning.rollouts.buffer import Rollout, parts, shuffled
 from rlhf_lightning.rollouts.collect import Responses, generate_responses
+from rlhf_lightning.rollouts.mismatch import OldLogprobs, compared, gives_old_logprobs, old_logprobs_from
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -72,8 +76,7 @@ def validation_seed(number: int, rank: int) -> int:
 def place(module: Any, root: nn.Module) -> None:
     """Bring what an iteration needs to the module's device: its own networks, the reference, the reward."""
     wake(root, module.device)
-    if module.reference is not None:
-        module.reference.to(module.device)
+    place_reference(module, module.reference)
     with sharing_if_asked(module):
         module.scorer.prepare(module.device)
 
@@ -115,6 +118,78 @@ def respond(
         responses = generate_responses(batch, network, module.tokenizer, module.engine, sampling)
         module.engine.rest()
     return responses
+
+
+def old_logprobs_of(module: Any, network: nn.Module) -> OldLogprobs:
+    """Where the old log-probabilities of a module's updates come from.
+
+    Args:
+        module: Has ``engine`` and ``update``.
+        network: The policy.
+    """
+    half = computes_in_half(module, network)
+    return old_logprobs_from(module.engine, half=half, importance=module.update.importance)
+
+
+def first_micro_batches(module: Any, network: nn.Module, rows: int, together: int = 1) -> list[Tensor] | None:
+    """The micro-batches of the update's first pass over a rollout, in which half precision scores it.
+
+    Args:
+        module: Has ``update``, and ``order``, the generator that the update will shuffle with.
+        network: The policy.
+        rows: Of the rollout, on this rank.
+        together: As in :meth:`~rlhf_lightning.rollouts.buffer.Rollout.minibatches`.
+
+    Returns:
+        Indices of rows; None in float32, where a forward of any rows gives the same numbers.
+    """
+    if not computes_in_half(module, network):
+        return None
+    ahead = torch.Generator()
+    ahead.set_state(module.order.get_state())
+    size, micro = module.update.minibatch_size, module.update.micro_batch_size
+    order = shuffled(rows, ahead, together).to(module.device)
+    minibatches = parts(order, size, fewest(module, size, rows))
+    return [batch for index in minibatches for batch in parts(index, micro, fewest(module, micro, len(index)))]
+
+
+def measured(module: Any, network: nn.Module, rollout: Rollout, drawn: Generation, *, weigh: bool = True) -> Rollout:
+    """The rollout, weighed where its sampler's numbers are not the policy's; how far they are apart is counted.
+
+    Args:
+        module: Has ``engine``, ``update`` and ``update_means``.
+        network: The policy.
+        rollout: With advantages.
+        drawn: What the engine gave.
+        weigh: False for a method without advantages, where there is nothing to weigh.
+    """
+    if drawn.logprobs is None:
+        warn_of_unmeasured(type(module.engine).__name__)
+    source = old_logprobs_of(module, network)
+    if source == "weighed" and not weigh:
+        source = "scored"
+    exact = module.engine.same_numbers and not computes_in_half(module, network)
+    rollout, counted = compared(rollout, drawn, source, module.update.importance, exact=exact)
+    if counted:
+        module.update_means.update(counted)
+    return rollout
+
+
+@cache
+def warn_of_unmeasured(engine: str) -> None:
+    """Log, once, that an engine keeps what nobody can check to itself."""
+    log.warning("%s gives no log-probabilities: whether it samples from the policy itself can't be measured", engine)
+
+
+def engine_gave_old_logprobs(module: Any, network: nn.Module, drawn: Generation) -> bool:
+    """Whether the first forward of an update can check the engine: the old log-probabilities are its own.
+
+    Args:
+        module: Has ``engine`` and ``update``.
+        network: The policy.
+        drawn: What the engine gave.
+    """
+    return gives_old_logprobs(drawn, old_logprobs_of(module, network))
 
 
 def scores_of(reward: Reward, responses: Responses) -> Tensor:

@@ -21,7 +21,9 @@ from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.grpo_update import Groups, GRPOUpdate
 from rlhf_lightning.modules.guard import StepGuard
+from rlhf_lightning.modules.half_precision import computes_in_half, prepare_precision
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
+from rlhf_lightning.modules.master_weights import build_optimizer
 from rlhf_lightning.modules.metrics import Means, log_training
 from rlhf_lightning.modules.online import (
     all_sum,
@@ -30,9 +32,12 @@ from rlhf_lightning.modules.online import (
     check_sampling,
     clipped_step,
     count_without_signal,
+    engine_gave_old_logprobs,
     fewest,
     log_fixed_prompts,
     log_iteration,
+    measured,
+    old_logprobs_of,
     place,
     policy_alone,
     respond,
@@ -46,15 +51,21 @@ from rlhf_lightning.modules.rollout_metrics import EVALUATION, part_means, rollo
 from rlhf_lightning.modules.showing import Sample, as_samples
 from rlhf_lightning.rewards.failures import GuardedReward, IterationSkipped
 from rlhf_lightning.rewards.reward import Reward
+from rlhf_lightning.rollouts import mismatch
 from rlhf_lightning.rollouts.buffer import Rollout
 from rlhf_lightning.rollouts.collect import Responses, score_responses
 from rlhf_lightning.rollouts.groups import repeated
 
 NAMES = (
     "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
-    "objective/scores_margin", "grad_norm",
+    "objective/scores_margin", "grad_norm", *mismatch.MEANS, *mismatch.LOWEST, *mismatch.HIGHEST,
 )  # fmt: skip
 OF_REFERENCE = ("objective/kl", "objective/kl_k3", "objective/non_score_reward", "objective/rlhf_reward")
+
+
+def update_means() -> Means:
+    """What an iteration's optimizer steps count."""
+    return Means(NAMES, lowest=mismatch.LOWEST, highest=mismatch.HIGHEST)
 
 
 class OnlineDPOModule(LightningModule):
@@ -106,11 +117,12 @@ class OnlineDPOModule(LightningModule):
         self.reference: Frozen | None = None
         self.iteration = self.episodes = self.without_signal = 0
         self.order = torch.Generator().manual_seed(torch.initial_seed())
-        self.update_means, self.eval_means = Means(NAMES), Means(EVALUATION)
+        self.update_means, self.eval_means = update_means(), Means(EVALUATION)
         self.last_rollout: tuple[Responses, Tensor] | None = None
 
     def configure_model(self) -> None:
         """Load the policy, and its reference where the loss compares with one, once."""
+        prepare_precision(self)
         if self.policy is not None:
             return
         self.tokenizer = training_tokenizer(self, self.policy_spec.path)
@@ -147,6 +159,9 @@ class OnlineDPOModule(LightningModule):
         except IterationSkipped:
             log_training(self, self.scorer.metrics(), progress=())
             return
+        assert self.policy is not None
+        assert self.last_rollout is not None
+        rollout = measured(self, self.policy, rollout, self.last_rollout[0].drawn, weigh=False)
         self._learn(self._paired(rollout))
         self._finish(rollout)
 
@@ -161,6 +176,7 @@ class OnlineDPOModule(LightningModule):
         return respond(self, self.policy, self.policy.network, batch, sampling)
 
     def _score(self, responses: Responses, scores: Tensor) -> Rollout:
+        assert self.policy is not None
         return score_responses(
             responses,
             partial(policy_alone, self),
@@ -169,7 +185,8 @@ class OnlineDPOModule(LightningModule):
             temperature=self.sampling.temperature,
             micro_batch_size=self.update.micro_batch_size,
             most=fewest(self, self.update.micro_batch_size, len(responses.truncated)),
-            keep_logprobs=self.engine.same_numbers,
+            keep_logprobs=old_logprobs_of(self, self.policy) == "sampled",
+            share_prompts=computes_in_half(self, self.policy),  # as the policy does
             group_size=self.groups.size,
         )
 
@@ -194,28 +211,38 @@ class OnlineDPOModule(LightningModule):
 
     def _learn(self, pairs: Rollout) -> None:
         """Epochs of minibatches."""
+        assert self.policy is not None
+        drawn = self.last_rollout[0].drawn if self.last_rollout else None
+        # Until the first step.
+        same_weights = drawn is not None and engine_gave_old_logprobs(self, self.policy, drawn)
         for _ in range(self.update.epochs):
             most = fewest(self, self.update.minibatch_size, len(pairs))
             for minibatch in pairs.minibatches(self.update.minibatch_size, self.order, most, together=2):
-                self._step(minibatch)
+                self._step(minibatch, same_weights)
+                same_weights = False
 
-    def _step(self, minibatch: Rollout) -> None:
-        """One optimizer step on the mean over the pairs that teach, all ranks together; without gradient where all tie."""
+    def _step(self, minibatch: Rollout, same_weights: bool = False) -> None:
+        """One optimizer step on the mean over the pairs that teach, all ranks together; without gradient where all tie.
+
+        ``same_weights``: none has been taken since the rollout, so that the engine's log-probabilities can be checked.
+        """
         self.optimizers().zero_grad()  # type: ignore[union-attr]
         teaching = self.all_sum(minibatch.advantages[::2, 0].sum())
         most = fewest(self, self.update.micro_batch_size, len(minibatch))
         for micro in minibatch.micro_batches(self.update.micro_batch_size, most):
-            loss = self._micro_loss(micro) / teaching.clamp(min=1)
+            loss = self._micro_loss(micro, same_weights) / teaching.clamp(min=1)
             # DDP averages gradients over ranks: times the world size makes it a sum, over all ranks' pairs.
             self.manual_backward(self.guard.saw(micro, loss * self.trainer.world_size))
         clipped_step(self, self.update.max_grad_norm)
 
-    def _micro_loss(self, rows: Rollout) -> Tensor:
+    def _micro_loss(self, rows: Rollout, same_weights: bool = False) -> Tensor:
         """Loss summed over the pairs that teach."""
         width, twins = rows.response_mask.shape[1], torch.arange(len(rows)).view(-1, 2).T.flatten()
         logprobs = self._scored(rows.input_ids, rows.attention_mask, rows.sequence_mask).logprobs[:, -width:]
-        reference = rows.ref_logprobs if self.loss.needs_reference else None
-        responses = ScoredResponses(logprobs, rows.response_mask, reference)
+        if same_weights:
+            self.update_means.update(mismatch.differences(logprobs, rows.logprobs, rows.response_mask))
+            mismatch.refuse_other_numbers(logprobs, rows.logprobs, rows.response_mask)
+        responses = ScoredResponses(logprobs, rows.response_mask, self._reference_logprobs(rows))
         pairs, teaches = Pairs(responses).rows(twins.to(logprobs.device)), rows.advantages[::2, 0]
         loss, implied = self.loss.pairs(pairs), self.loss.rewards(pairs.responses).detach()
         (chosen, rejected), (chosen_logps, rejected_logps) = implied.chunk(2), pairs.logps
@@ -232,6 +259,17 @@ class OnlineDPOModule(LightningModule):
         count = teaches.sum()
         self.update_means.update({name: ((teaches * x).sum(), count) for name, x in of_pairs.items()})
         return (teaches * loss).sum()
+
+    def _reference_logprobs(self, rows: Rollout) -> Tensor | None:
+        """The reference's, from the rollout; in half precision of these rows, which round differently in another batch."""
+        assert self.policy is not None
+        if self.reference is None or not self.loss.needs_reference:
+            return None
+        if not computes_in_half(self, self.policy):
+            return rows.ref_logprobs
+        inputs = rows.input_ids, rows.attention_mask, rows.sequence_mask
+        output = self.reference(*inputs, temperature=self.sampling.temperature, share_prompts=True)
+        return output.logprobs[:, -rows.response_mask.shape[1] :]
 
     def _finish(self, rollout: Rollout) -> None:
         """Schedules, counters and the log."""
@@ -286,7 +324,7 @@ class OnlineDPOModule(LightningModule):
     # ---------------------------------------------------------------- optimizer and state
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_factory(trained_parameters(self))
+        optimizer = build_optimizer(self, trained_parameters(self))
         self.plan = plan_run(self, self._steps_of)
         return [optimizer], [self.schedule.attach(optimizer, self.plan.iterations)]
 
@@ -324,6 +362,8 @@ def check_pairs(loss: PairLoss, groups: Groups, update: GRPOUpdate) -> None:
         raise UserError("groups.prompts and groups.mask_truncated are GRPO's; leave them out for online DPO")
     if update.minibatch_size % 2 or update.micro_batch_size % 2:
         raise UserError("update.minibatch_size and update.micro_batch_size count responses, two a pair: make them even")
+    if update.importance != mismatch.Importance():
+        raise UserError("update.importance weighs advantages, and online DPO has none; leave it out")
     if update.target_kl is not None:
         raise UserError("update.target_kl stops passes of GRPO; leave it out for online DPO")
     if (Needs.WHOLE_STEP | Needs.COLLISIONS) & loss.needs:

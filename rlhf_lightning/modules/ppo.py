@@ -23,7 +23,9 @@ from rlhf_lightning.models.policy import PolicyNetwork
 from rlhf_lightning.models.shared_critic import load_critic
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.guard import StepGuard
+from rlhf_lightning.modules.half_precision import prepare_precision
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
+from rlhf_lightning.modules.master_weights import build_optimizer
 from rlhf_lightning.modules.metrics import Means, log_training
 from rlhf_lightning.modules.online import (
     all_equal,
@@ -33,9 +35,13 @@ from rlhf_lightning.modules.online import (
     check_sampling,
     clipped_step,
     count_without_signal,
+    engine_gave_old_logprobs,
     fewest,
+    first_micro_batches,
     log_fixed_prompts,
     log_iteration,
+    measured,
+    old_logprobs_of,
     place,
     respond,
     scores_of,
@@ -60,7 +66,7 @@ from rlhf_lightning.rollouts.advantages import GAE, AdvantageEstimator
 from rlhf_lightning.rollouts.buffer import Rollout
 from rlhf_lightning.rollouts.collect import Responses, score_responses
 from rlhf_lightning.rollouts.kl_control import FixedKL, KLControl
-from rlhf_lightning.rollouts.mismatch import differences, refuse_other_numbers, weighed
+from rlhf_lightning.rollouts.mismatch import differences, refuse_other_numbers
 
 
 class PPOModule(LightningModule):
@@ -120,6 +126,7 @@ class PPOModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load policy, critic and reference, once."""
+        prepare_precision(self)
         if self.actor_critic is not None:
             return
         critic_path = self.critic_spec.path if self.critic_spec else None
@@ -158,10 +165,9 @@ class PPOModule(LightningModule):
             log_training(self, self.scorer.metrics(), progress=())
             return
         rollout = self.advantages.estimate(rollout, kl_coef=self.kl.coef, all_sum=self.all_sum)
-        if not self.engine.same_numbers:
-            assert self.last_rollout is not None
-            rollout, counted = weighed(rollout, self.last_rollout[0].drawn, self.update.importance)
-            self.update_means.update(counted)
+        assert self.last_rollout is not None
+        assert self.actor_critic is not None
+        rollout = measured(self, self.actor_critic.policy, rollout, self.last_rollout[0].drawn)
         stopped = self._learn(rollout, texts_of(batch, self.loss.ptx_coef))
         self._finish(rollout, stopped)
 
@@ -169,13 +175,16 @@ class PPOModule(LightningModule):
         responses = self._generate(batch, self.sampling)
         scores = scores_of(self.scorer.during(self.iteration + 1), responses)
         self.last_rollout = responses, scores
-        return self._score(responses, scores)
+        assert self.actor_critic is not None
+        return self._score(
+            responses, scores, first_micro_batches(self, self.actor_critic.policy, len(responses.truncated))
+        )
 
     def _generate(self, batch: PromptBatch, sampling: SamplingParameters) -> Responses:
         assert self.actor_critic is not None
         return respond(self, self.actor_critic, self.actor_critic.policy.network, batch, sampling)
 
-    def _score(self, responses: Responses, scores: Tensor) -> Rollout:
+    def _score(self, responses: Responses, scores: Tensor, batches: list[Tensor] | None = None) -> Rollout:
         assert self.actor_critic is not None
         return score_responses(
             responses,
@@ -185,12 +194,16 @@ class PPOModule(LightningModule):
             temperature=self.sampling.temperature,
             micro_batch_size=self.update.micro_batch_size,
             most=fewest(self, self.update.micro_batch_size, len(responses.truncated)),
-            keep_logprobs=self.engine.same_numbers,
+            keep_logprobs=old_logprobs_of(self, self.actor_critic.policy) == "sampled",
+            batches=batches,
         )
 
     def _learn(self, rollout: Rollout, texts: SequenceBatch | None = None) -> bool:
         """Epochs of minibatches, each with its share of the texts; True if the KL stopped them early."""
-        same_weights = self.engine.same_numbers  # until the first step
+        assert self.actor_critic is not None
+        drawn = self.last_rollout[0].drawn if self.last_rollout else None
+        # Until the first step.
+        same_weights = drawn is not None and engine_gave_old_logprobs(self, self.actor_critic.policy, drawn)
         most = fewest(self, self.update.minibatch_size, len(rollout))
         for _ in range(self.update.epochs):
             minibatches = rollout.minibatches(self.update.minibatch_size, self.order, most)
@@ -236,7 +249,7 @@ class PPOModule(LightningModule):
         logprobs, values, entropy = (x[:, -width:] for x in (output.logprobs, output.values, output.entropy))
         if same_weights:
             self.update_means.update(differences(logprobs, rows.logprobs, mask))
-            refuse_other_numbers(logprobs, rows.logprobs, mask, str(self.trainer.precision))
+            refuse_other_numbers(logprobs, rows.logprobs, mask)
         policy, policy_clipped = self.loss.policy(logprobs, rows.logprobs, rows.advantages, mask)
         value, value_clipped = self.loss.value(values, rows.values, rows.returns, mask)
         log_ratio = (logprobs - rows.logprobs).detach().masked_fill(~mask, 0)
@@ -310,7 +323,7 @@ class PPOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         assert self.actor_critic is not None
-        optimizer = self.optimizer_factory(self.actor_critic.parameter_groups(self.update.critic_lr))
+        optimizer = build_optimizer(self, self.actor_critic.parameter_groups(self.update.critic_lr))
         self.plan = plan_run(self, self._steps_of)
         return [optimizer], [self.schedule.attach(optimizer, self.plan.iterations)]
 

@@ -16,7 +16,9 @@ from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.guard import StepGuard
+from rlhf_lightning.modules.half_precision import prepare_precision
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
+from rlhf_lightning.modules.master_weights import build_optimizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled, trained_parameters
 from rlhf_lightning.modules.showing import Sample
@@ -55,6 +57,7 @@ class ProcessRewardModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load or build the network, once."""
+        prepare_precision(self)
         if self.network is not None:
             return
         self._check_separator()
@@ -141,4 +144,4 @@ class ProcessRewardModule(LightningModule):
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
-        return scheduled(self.optimizer_factory(trained_parameters(self)), self.schedule, self.trainer)
+        return scheduled(build_optimizer(self, trained_parameters(self)), self.schedule, self.trainer)

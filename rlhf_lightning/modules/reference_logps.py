@@ -19,6 +19,7 @@ from rlhf_lightning.data.collate import REFERENCE_COLUMNS
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.logprobs import sequence_logprobs
 from rlhf_lightning.models.frozen import Frozen
+from rlhf_lightning.modules.half_precision import place_reference
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def add_reference_logps(module: LightningModule, reference: Frozen) -> None:
         raise UserError(
             "precompute_reference needs preference rows that are known before training; set it to false for a stream"
         )
-    reference.to(trainer.strategy.root_device)
+    place_reference(module, reference)
     datamodule.fingerprint()  # of the rows alone, which a run that computes each step has too
     of_network = network_hash(module, reference)
     for name, split in rows.items():

@@ -24,7 +24,9 @@ from rlhf_lightning.models.ensemble import Ensemble, ScalarEnsemble, build_rewar
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.guard import StepGuard
+from rlhf_lightning.modules.half_precision import prepare_precision
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
+from rlhf_lightning.modules.master_weights import build_optimizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled, trained_parameters
 from rlhf_lightning.modules.reward_batches import (
@@ -91,6 +93,7 @@ class RewardModelModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load or build the network, once."""
+        prepare_precision(self)
         if self.network is None:
             self.tokenizer = training_tokenizer(self, self.network_spec.path)
             self.network = build_reward_model(self.network_spec, self.tokenizer, self.ensemble)
@@ -227,4 +230,4 @@ class RewardModelModule(LightningModule):
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
-        return scheduled(self.optimizer_factory(trained_parameters(self)), self.schedule, self.trainer)
+        return scheduled(build_optimizer(self, trained_parameters(self)), self.schedule, self.trainer)

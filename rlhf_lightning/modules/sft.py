@@ -15,7 +15,9 @@ from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.guard import StepGuard
+from rlhf_lightning.modules.half_precision import prepare_precision
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
+from rlhf_lightning.modules.master_weights import build_optimizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled, trained_parameters
 from rlhf_lightning.modules.showing import Sample, as_samples, sampled_responses
@@ -55,6 +57,7 @@ class SFTModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load or build the policy, once."""
+        prepare_precision(self)
         if self.policy is None:
             self.tokenizer = training_tokenizer(self, self.policy_spec.path)
             self.policy = PolicyNetwork(load_causal_lm(self.policy_spec, self.tokenizer))
@@ -107,4 +110,4 @@ class SFTModule(LightningModule):
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
-        return scheduled(self.optimizer_factory(trained_parameters(self)), self.schedule, self.trainer)
+        return scheduled(build_optimizer(self, trained_parameters(self)), self.schedule, self.trainer)

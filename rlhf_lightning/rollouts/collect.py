@@ -1,7 +1,7 @@
 """From a batch of prompts to a rollout: generate, score under policy, reference and critic."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -131,6 +131,8 @@ def score_responses(
     most: int | None = None,
     keep_logprobs: bool = False,
     group_size: int = 1,
+    batches: Sequence[Tensor] | None = None,
+    share_prompts: bool = False,
 ) -> Rollout:
     """Log-probabilities and values of sampled responses, beside their scores.
 
@@ -145,38 +147,48 @@ def score_responses(
         most: Forwards at most, where another rank has fewer rows; the last one then takes what is left.
         keep_logprobs: Take the engine's log-probabilities for the policy's, rather than compute them a second time.
         group_size: So many rows, one after the other, answer one prompt.
+        batches: Indices of the rows of each forward, in place of ``micro_batch_size`` rows one after the other. Half precision
+            rounds differently in another batch: with the micro-batches of the update, the update's ratios begin at exactly 1.
+        share_prompts: As in :class:`~rlhf_lightning.models.policy.PolicyNetwork`, for the reference.
 
     Returns:
         The rollout, without advantages.
     """
     mask, drawn = responses.response_mask, responses.drawn
     keep = keep_logprobs and drawn.logprobs is not None and drawn.entropy is not None
-    policy: list[ActorCriticOutput] = []
-    ref: list[Tensor] = []
-    for rows in parts(torch.arange(len(mask), device=mask.device), micro_batch_size, most):
-        inputs = (responses.input_ids[rows], responses.attention_mask[rows], responses.sequence_mask[rows])
-        policy.append(model(*inputs, temperature=temperature, values_only=keep))
-        if reference is not None:
-            ref.append(reference(*inputs, temperature=temperature).logprobs)
-    logprobs, entropy, values = (torch.cat(columns)[:, -mask.shape[1] :] for columns in zip(*policy, strict=True))
-    if keep:
-        assert drawn.logprobs is not None
-        assert drawn.entropy is not None
-        logprobs, entropy = (x.masked_fill(~mask, 0) for x in (drawn.logprobs, drawn.entropy))
     zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    return Rollout(
+    rollout = Rollout(
         input_ids=responses.input_ids,
         attention_mask=responses.attention_mask,
         sequence_mask=responses.sequence_mask,
         response_mask=mask,
         truncated=responses.truncated,
-        logprobs=logprobs,
-        ref_logprobs=torch.cat(ref)[:, -mask.shape[1] :] if reference is not None else logprobs,
-        entropy=entropy,
-        values=values,
+        logprobs=zeros,
+        ref_logprobs=zeros,
+        entropy=zeros,
+        values=zeros,
         scores=scores.to(zeros.device),
         groups=torch.arange(len(mask), device=mask.device) // group_size,
         baselines=torch.zeros_like(zeros[:, 0]),
         advantages=zeros,
         returns=zeros,
     )
+    numbers: dict[str, Tensor] = {}
+    for rows in (
+        parts(torch.arange(len(mask), device=mask.device), micro_batch_size, most) if batches is None else batches
+    ):
+        part = rollout.rows(rows) if batches is None else rollout.rows(rows).trimmed()
+        inputs = part.input_ids, part.attention_mask, part.sequence_mask
+        found = model(*inputs, temperature=temperature, values_only=keep)._asdict()
+        if reference is not None:
+            options = {"share_prompts": True} if share_prompts else {}
+            found["ref_logprobs"] = reference(*inputs, temperature=temperature, **options).logprobs
+        width = part.response_mask.shape[1]
+        for name, values in found.items():
+            total = numbers.setdefault(name, torch.zeros(mask.shape, dtype=values.dtype, device=mask.device))
+            total[rows, :width] = values[:, -width:]
+    if keep:
+        assert drawn.logprobs is not None
+        assert drawn.entropy is not None
+        numbers |= {"logprobs": drawn.logprobs.masked_fill(~mask, 0), "entropy": drawn.entropy.masked_fill(~mask, 0)}
+    return replace(rollout, **({"ref_logprobs": numbers["logprobs"]} | numbers))
