@@ -13,7 +13,7 @@ from rlhf_lightning.generation.engine import Generation, GenerationEngine, Sampl
 from rlhf_lightning.generation.sampling import LogitsRules, drawn, filtered
 from rlhf_lightning.generation.stop_strings import stop_strings_of
 from rlhf_lightning.generation.store import Decode, Prefill, Store
-from rlhf_lightning.models.attention import knows_rows, over_rows
+from rlhf_lightning.models.attention import knows_rows, over_rows, rules_of
 from rlhf_lightning.models.head import head_logits
 from rlhf_lightning.models.packing import pack
 
@@ -56,9 +56,11 @@ class NativeEngine(GenerationEngine):
         pad_id: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Generation:
-        if not knows_rows(network):
+        longest = int(attention_mask.sum(dim=1).max()) + sampling.max_new_tokens
+        if not knows_rows(network, longest):
+            bound = f" beyond {rules_of(network).packed} tokens" if knows_rows(network, 0) else ""
             raise UserError(
-                f"{type(network).__name__} can't be generated from natively; set the engine to "
+                f"{type(network).__name__} can't be generated from natively{bound}; set the engine to "
                 "rlhf_lightning.generation.transformers_engine.TransformersEngine"
             )
         count, device = len(input_ids), input_ids.device

@@ -23,21 +23,25 @@ class Store:
         """
         self.active, self.column = len(lengths), int(lengths.max())
         self.columns = columns
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
+        self.keys: dict[tuple[int, int], Tensor] = {}
+        self.values: dict[tuple[int, int], Tensor] = {}
         hidden = torch.arange(columns, device=lengths.device) < (self.column - lengths)[:, None]
         self.bias = torch.zeros(hidden.shape, device=lengths.device).masked_fill_(hidden, -torch.inf)[:, None, None]
         self.ragged = bool(hidden.any())
 
-    def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Buffers of a layer, shape (rows, key heads, columns, head size).
+    def layer(self, index: tuple[int, int], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Buffers of a layer, shapes (rows, key heads, columns, head size) and (rows, key heads, columns, value head size).
 
-        ``like`` is a value, (tokens, key heads, head size): under autocast keys are float32, and the kernel's half again.
+        Args:
+            index: Of the layer, and of the call within it.
+            key: Gives the first buffer its sizes and dtype. Shape (tokens, key heads, head size).
+            value: Gives the second its own. Shape (tokens, key heads, value head size).
         """
-        if number not in self.keys:
-            shape = (self.active, like.shape[1], self.columns, like.shape[2])
-            self.keys[number], self.values[number] = like.new_zeros(shape), like.new_zeros(shape)
-        return self.keys[number], self.values[number]
+        if index not in self.keys:
+            self.keys[index], self.values[index] = (
+                x.new_zeros((self.active, x.shape[1], self.columns, x.shape[2])) for x in (key, value)
+            )
+        return self.keys[index], self.values[index]
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Give some slots what others hold. Shapes (n,), int64."""
@@ -65,23 +69,35 @@ class Store:
         return slots
 
 
+class _Calls:
+    """Counts the calls of each layer in one forward: differential attention, for one, makes two with different values."""
+
+    def __init__(self) -> None:
+        self.made: dict[int, int] = {}
+
+    def index(self, layer: int) -> tuple[int, int]:
+        """Index of the layer and of this call of it."""
+        self.made[layer] = self.made.get(layer, -1) + 1
+        return layer, self.made[layer]
+
+
 class Prefill(Rows):
     """Prompts end to end, each given once; what they leave behind goes into the slot of its first row."""
 
     def __init__(self, packing: Packing, slots: Tensor, store: Store) -> None:
         """Args: the prompts end to end, the slot of each in their order (prompts,), and where to write."""
-        self.packed, self.slots, self.store = PackedRows(packing), slots, store
+        self.packed, self.slots, self.store, self.calls = PackedRows(packing), slots, store, _Calls()
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
     ) -> Tensor:
         first, end = 0, self.store.column
-        keys, values = self.store.layer(layer, value)
+        keys, values = self.store.layer(self.calls.index(layer), key, value)
         for run in self.packed.runs:
             slots, tokens = self.slots[first : first + run.rows], slice(run.start, run.start + run.rows * run.length)
             for buffer, new in ((keys, key), (values, value)):
                 rows = new[tokens].unflatten(0, (run.rows, run.length)).transpose(1, 2)
-                buffer[slots, :, end - run.length : end] = rows.to(buffer.dtype)
+                buffer[slots, :, end - run.length : end] = rows
             first += run.rows
         return self.packed.attend(layer, query, key, value, scaling, window)
 
@@ -90,13 +106,13 @@ class Decode(Rows):
     """One new token a row, which sees all that its row has stored."""
 
     def __init__(self, store: Store) -> None:
-        self.store = store
+        self.store, self.calls = store, _Calls()
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
     ) -> Tensor:
         store = self.store
-        keys, values = store.layer(layer, value)
+        keys, values = store.layer(self.calls.index(layer), key, value)
         rows, end = store.active, store.column + 1
         keys[:rows, :, end - 1], values[:rows, :, end - 1] = key, value
         start = 0 if window is None else max(end - window, 0)

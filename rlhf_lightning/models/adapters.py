@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapter_files import HEAD, NORMALISATION, Adapter, base_sha256, needs_peft, read_adapter
+from rlhf_lightning.models.length_rules import trunk_of
 from rlhf_lightning.models.spec import LoRA, ModelSpec
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ def check_layers(network: PreTrainedModel, spec: ModelSpec) -> None:
     Raises:
         UserError: If an adapter is on an embedding or a head, or is more than two matrices.
     """
-    trunk = set(network.base_model.modules())
+    trunk = set(trunk_of(network).modules())
     for name, layer in lora_layers(network, named=True):
         if layer not in trunk or isinstance(layer.get_base_layer(), nn.Embedding):
             raise UserError(

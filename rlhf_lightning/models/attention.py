@@ -11,12 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rlhf_lightning.models.packing import Continuation, Packing, Run, pack
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.length_rules import LengthRules, length_rules, trunk_of
+from rlhf_lightning.models.packing import Continuation, Packing, Run, left_aligned, pack
+from rlhf_lightning.models.varlen import has_kernel, varlen_attention
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +38,12 @@ class Rows(ABC):
             layer: Its number.
             query: Shape (tokens, heads, head size).
             key: Shape (tokens, key heads, head size).
-            value: As ``key``.
+            value: Shape (tokens, key heads, value head size).
             scaling: Of the scores; None for 1 / sqrt(head size).
             window: A token sees so many tokens, itself included; None for all before it.
 
         Returns:
-            Shape (tokens, heads, head size).
+            Shape (tokens, heads, value head size).
         """
 
 
@@ -60,7 +62,7 @@ class PackedRows(Rows):
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
     ) -> Tensor:
-        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        if has_kernel(query, value):
             return self._varlen(query, key, value, scaling, window)
         own = [x.split(self.sizes) for x in (query, key, value)]
         parts = [_causal(q, k, v, run, scaling, window) for q, k, v, run in zip(*own, self.runs, strict=False)]
@@ -99,7 +101,7 @@ class PackedRows(Rows):
         return self._masks[length, before, window]
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
-        """One flash-attention kernel over all rows, which half precision on a GPU has; it is causal from the end on."""
+        """One flash-attention kernel over all rows; it aligns the last query with the last key."""
         rows = [(run.start + i * run.length, run.length) for run in self.runs for i in range(run.rows)]
         queries = [length for _, length in rows] + [piece.length for piece in self.continuations]
         keys = [length for _, length in rows] + [piece.prompt_length + piece.length for piece in self.continuations]
@@ -110,17 +112,7 @@ class PackedRows(Rows):
                 seen.append(torch.arange(piece.start, piece.start + piece.length))
             index = torch.cat(seen).to(key.device, non_blocking=True)
             key, value = key[index], value[index]
-        from_query, from_key = (
-            torch.tensor([0, *x]).cumsum(0).to(query.device, torch.int32, non_blocking=True) for x in (queries, keys)
-        )
-        behind = -1 if window is None else window - 1
-        shared = query.shape[1] != key.shape[1]
-        longest = max(queries), max(keys)
-        out = varlen_attn(
-            query, key, value, from_query, from_key, *longest, scale=scaling, window_size=(behind, 0), enable_gqa=shared
-        )
-        assert isinstance(out, Tensor)
-        return out
+        return varlen_attention(query, key, value, queries, keys, scaling, window)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, run: Run, scaling: float | None, window: int | None) -> Tensor:
@@ -153,7 +145,7 @@ def attention(
         module: The attention layer.
         query: Shape (batch, heads, tokens, head size); the batch is 1 where there are ``rows``.
         key: Shape (batch, key heads, tokens, head size).
-        value: As ``key``.
+        value: Shape (batch, key heads, tokens, value head size).
         attention_mask: Not looked at where there are ``rows``.
         scaling: Of the scores; None for 1 / sqrt(head size).
         rows: Which tokens see which.
@@ -161,24 +153,44 @@ def attention(
         kwargs: The model's own.
 
     Returns:
-        Shape (batch, tokens, heads, head size), and None for the weights that nobody asked for.
+        Shape (batch, tokens, heads, value head size), and None for the weights that nobody asked for.
     """
     if rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
         raise ValueError(f"attention with {', '.join(unknown)} is not known here")
     layer: Any = module.layer_idx
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    q, k, v = (_in_autocast_dtype(x).squeeze(0).transpose(0, 1) for x in (query, key, value))
     return rows.attend(layer, q, k, v, scaling, sliding_window)[None], None
+
+
+def _in_autocast_dtype(x: Tensor) -> Tensor:
+    """What autocast's kernels would compute with. Rotary embeddings give float32 queries and keys beside half values."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def knows_rows(network: PreTrainedModel) -> bool:
-    """Whether :func:`over_rows` may be called with this network."""
-    return network.config.get_text_config()._attn_implementation == NAME
+def knows_rows(network: PreTrainedModel, longest: int | None = None) -> bool:
+    """Whether :func:`over_rows` may be called with this network.
+
+    Args:
+        network: As :func:`use_rows` leaves it.
+        longest: Tokens of the longest row; None for rows of any length.
+    """
+    bound = rules_of(network).packed
+    known = network.config.get_text_config()._attn_implementation == NAME
+    return known and (bound is None or (longest is not None and longest <= bound))
+
+
+def rules_of(network: PreTrainedModel) -> LengthRules:
+    """What :func:`use_rows` has found out about the lengths of rows."""
+    return getattr(network, "length_rules", LengthRules())
 
 
 def over_rows(network: PreTrainedModel, tokens: Tensor, positions: Tensor, rows: Rows) -> Tensor:
@@ -195,37 +207,94 @@ def over_rows(network: PreTrainedModel, tokens: Tensor, positions: Tensor, rows:
     """
     # A mask of four dimensions is handed on as it is: the model must not make a quadratic one of its own.
     none = tokens.new_zeros((1, 1, 1, 1), dtype=torch.bool)
-    output = network.base_model(
+    output = trunk_of(network)(
         input_ids=tokens[None], position_ids=positions[None], attention_mask=none, use_cache=False, rows=rows
     )
     return output.last_hidden_state[0]
 
 
+def packed_states(network: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Last hidden states of packed rows, and the index of each token among them; a padded batch goes in.
+
+    Args:
+        network: A causal model with a head of any kind.
+        input_ids: Shape (batch, length), int64.
+        attention_mask: True on real tokens. Same shape, bool.
+    """
+    network.set_attn_implementation(NAME)
+    packing = pack(attention_mask)
+    tokens = input_ids.flatten()[packing.places]
+    return over_rows(network, tokens, packing.positions, PackedRows(packing)), packing.at
+
+
+def padded_states(network: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`packed_states`, of a batch that stays padded.
+
+    Every row begins in the first column. Then nothing before it can reach it, positions are those of the columns, and what
+    follows a token cannot reach it either under causal attention: the fast causal kernel serves without a mask. What stands
+    on padding is no token of the data, and need not be one that the network has.
+    """
+    columns = left_aligned(attention_mask)
+    ids = input_ids.masked_fill(~attention_mask, 0).gather(1, columns)
+    hidden = trunk_of(network)(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+    return hidden, torch.empty_like(places).scatter_(1, columns, places)
+
+
 @torch.no_grad()
 def use_rows(network: PreTrainedModel) -> None:
-    """Let a network take rows end to end, if that gives what each row gives alone; say aloud where it does not.
+    """Let a network take packed rows where that gives what each row gives alone; log a warning where it does not.
 
-    Only in place of SDPA, which is what transformers chooses by itself: where another attention was asked for it stays.
+    Only in place of SDPA, which is what transformers chooses by itself: an attention that was asked for stays.
+
+    Raises:
+        UserError: If not even a padded row is what it is alone, as in an encoder, which reads a text from both ends.
     """
+    rules: Any = length_rules(network, packed_states, padded_states)
+    if rules.together == 0:
+        raise UserError(
+            f"{type(network).__name__} computes a token from what follows it, or from other rows; use a causal language model"
+        )
+    network.length_rules = rules
     config = network.config.get_text_config()
     weight: Any = network.get_input_embeddings().weight
-    if config._attn_implementation != "sdpa" or weight.device.type == "meta":
+    if config._attn_implementation != "sdpa":
         return
-    ids = (torch.arange(18, device=weight.device) * 7 % config.vocab_size).view(3, 6)
-    mask = torch.arange(6, device=weight.device) < torch.tensor([4, 6, 6], device=weight.device)[:, None]
-    alone = network.base_model(input_ids=ids, use_cache=False).last_hidden_state[mask]
-    network.set_attn_implementation(NAME)
-    try:
-        packing = pack(mask)
-        tokens = ids.flatten()[packing.places]
-        together = over_rows(network, tokens, packing.positions, PackedRows(packing))[packing.at[mask]]
-        same = torch.allclose(alone.float(), together.float(), rtol=1e-3, atol=1e-3 * float(alone.abs().max()))
-    except (ValueError, TypeError, RuntimeError):  # no attention from outside, or not with such arguments
-        same = False
-    if not same:
+    if weight.device.type == "meta":
+        return
+    reason = "hidden states differ" if rules.packed == 0 else _difference(network, weight)
+    if reason is not None:
         network.set_attn_implementation("sdpa")
         log.warning(
-            "%s does not keep rows apart that are laid end to end: its batches stay padded, and cost what padding costs "
+            "%s does not keep packed rows apart (%s): its batches stay padded, and cost what padding costs "
             "(data.bucket_batches sorts rows by length)",
             type(network).__name__,
+            reason,
         )
+    elif rules.packed is not None and rules.packed < (getattr(config, "max_position_embeddings", None) or rules.packed + 1):
+        log.warning(
+            "%s: rows of more than %d tokens stay padded, for a rule of its attention begins there",
+            type(network).__name__,
+            rules.packed,
+        )
+
+
+def _difference(network: PreTrainedModel, weight: Tensor) -> str | None:
+    """What is wrong with packed rows of a few tokens in this very network; None if nothing is."""
+    longest = min(6, rules_of(network).packed or 6)
+    lengths = torch.tensor([max(longest - 2, 1), longest, longest], device=weight.device)
+    ids = (torch.arange(3 * longest, device=weight.device) * 7 % weight.shape[0]).view(3, longest)
+    mask = torch.arange(longest, device=weight.device) < lengths[:, None]
+    hidden, at = padded_states(network, ids, mask)
+    alone = hidden[at[mask]].float()
+    try:
+        hidden, at = packed_states(network, ids, mask)
+    except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
+        # No attention from outside, or one with arguments that are not known here.
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    together = hidden[at[mask]].float()
+    if weight.dtype in (torch.float32, torch.float64):
+        same = torch.allclose(alone, together, rtol=1e-3, atol=1e-3 * float(alone.abs().max()))
+    else:  # kernels round differently, and rounding may send a token to another expert: most tokens count, not each
+        same = bool(((alone - together).norm(dim=-1) <= 0.05 * alone.norm(dim=-1)).float().mean() > 0.75)
+    return None if same else "hidden states differ"

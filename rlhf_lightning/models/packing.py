@@ -101,6 +101,19 @@ def pack_with_shared_prompts(
     return Packing(places, positions, _runs([length for _, length in whole]), tuple(pieces), at)
 
 
+def left_aligned(attention_mask: Tensor) -> Tensor:
+    """Where to read each column of a padded batch so that every row begins in the first column.
+
+    Args:
+        attention_mask: True on real tokens. Shape (batch, length), bool; padded on any side.
+
+    Returns:
+        Column of each token, padding last. Same shape, int64.
+    """
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (columns + attention_mask.long().argmax(dim=1)[:, None]) % attention_mask.shape[1]
+
+
 def _groups(
     input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, shortest: int
 ) -> list[tuple[tuple[int, ...], list[int]]]:

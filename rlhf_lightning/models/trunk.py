@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lightning.models.attention import PackedRows, knows_rows, over_rows
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.attention import PackedRows, knows_rows, over_rows, padded_states, rules_of
 from rlhf_lightning.models.packing import pack, pack_with_shared_prompts
 
 # Shorter prompts are not worth sharing: what goes on from one is a call of its own on a CPU, and there rows of equal length
@@ -38,26 +39,31 @@ def hidden_states(
         response_mask: Given, a prompt that several rows share is read once if it is long enough: it is what stands before
             the first True. Same shape, bool.
     """
-    if knows_rows(network):
-        if response_mask is None:
-            packing = pack(attention_mask)
-        else:
-            shortest = SHORTEST_SHARED["cuda" if input_ids.is_cuda else "cpu"]
-            packing = pack_with_shared_prompts(input_ids, attention_mask, response_mask, shortest)
-        tokens = input_ids.flatten()[packing.places]
-        return States(over_rows(network, tokens, packing.positions, PackedRows(packing)), packing.at)
-    hidden = _padded(network, input_ids, attention_mask)
-    places = torch.arange(input_ids.numel(), device=input_ids.device).view(input_ids.shape)
-    return States(hidden.flatten(0, 1), places)
+    longest = check_lengths(network, attention_mask)
+    if not knows_rows(network, longest):
+        return States(*padded_states(network, input_ids, attention_mask))
+    if response_mask is None:
+        packing = pack(attention_mask)
+    else:
+        shortest = SHORTEST_SHARED["cuda" if input_ids.is_cuda else "cpu"]
+        packing = pack_with_shared_prompts(input_ids, attention_mask, response_mask, shortest)
+    tokens = input_ids.flatten()[packing.places]
+    return States(over_rows(network, tokens, packing.positions, PackedRows(packing)), packing.at)
 
 
-def _padded(network: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Right padding needs neither a mask nor positions under causal attention (what follows a token cannot reach it), so
-    that the fast causal kernel serves. Left padding needs both: absolute positions would be wrong without.
+def check_lengths(network: PreTrainedModel, attention_mask: Tensor) -> int:
+    """An upper bound of the tokens in a row, exact where a rule about lengths could begin.
+
+    Raises:
+        UserError: If a row is so long that its neighbours in the batch would change what is computed for it.
     """
-    if bool(attention_mask[:, 0].all()):
-        return network.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    return network.base_model(
-        input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=positions, use_cache=False
-    ).last_hidden_state
+    rules, longest = rules_of(network), attention_mask.shape[1]
+    bounds = [bound for bound in rules if bound is not None]
+    if bounds and longest > min(bounds):
+        longest = int(attention_mask.sum(dim=1).max())
+    if rules.together is not None and longest > rules.together:
+        raise UserError(
+            f"a row has {longest} tokens; beyond {rules.together}, {type(network).__name__} computes a row differently beside "
+            f"other rows (rotary scaling that follows the longest, for one): keep prompt and response within {rules.together}"
+        )
+    return longest
