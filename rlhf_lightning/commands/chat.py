@@ -18,7 +18,7 @@ from rlhf_lightning.data.encoding import encode_prompt
 from rlhf_lightning.data.template_inputs import set_default_variables
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import SamplingParameters
-from rlhf_lightning.generation.transformers_engine import generation_rules, generation_settings
+from rlhf_lightning.generation.transformers_engine import generation_rules, generation_settings, suppress_missing
 from rlhf_lightning.models.export import eos_ids, recommendations
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.spec import ModelSpec
@@ -152,6 +152,7 @@ class Speaker:
         sampling = self._within_context(ids.shape[1])
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         config = generation_settings(sampling, eos_ids=self.ends, pad_id=int(self.tokenizer.pad_token_id))
+        suppress_missing(config, self.network)
         mask = torch.ones_like(ids)
         settings = {
             "inputs": ids,

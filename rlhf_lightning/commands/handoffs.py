@@ -25,7 +25,7 @@ def check_export(folder: Path) -> str:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no exported model")
     tokenizer, config = load_tokenizer(str(folder)), AutoConfig.from_pretrained(folder)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise UserError(f"{folder}: pad and EOS are not two tokens")
     for name in ("pad", "eos"):
         if getattr(config, f"{name}_token_id") != getattr(tokenizer, f"{name}_token_id"):

@@ -1,8 +1,10 @@
 """Tokenizers: load one, tell two apart, see that padding is not EOS, and encode text that continues other text."""
 
+import copy
 import hashlib
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +17,11 @@ from rlhf_lightning.errors import UserError, missing_model
 log = logging.getLogger(__name__)
 
 PAD_TOKEN = "<|pad|>"
+# How special tokens are written, and what the names say of those that nothing uses.
+BRACKETED = re.compile(r"<\|?[^<>]+\|?>|\[[^\[\]]+\]")
+PADDING = re.compile(r"(?<![a-z])pad(ding)?(?![a-z])", re.IGNORECASE)
+MEDIA = re.compile(r"image|vision|video|audio|speech|fim", re.IGNORECASE)
+RESERVED = re.compile(r"reserved|unused|dummy|placeholder|extra(_id)?_?\d|(special|control)_\d", re.IGNORECASE)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -59,19 +66,69 @@ def take_ends(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def repair_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Add a pad token where there is none, or where it is EOS: else what masks padding would mask EOS too.
+    """Choose a pad token where there is none, or where it is EOS: else what masks padding would mask EOS too.
+
+    Padding is masked by the lengths of rows, so no model ever learns from it and any token but EOS can serve. First choice is
+    a token that the vocabulary has to spare (:func:`spare_token`), then ``unk``; only where both are missing one is added.
 
     Returns:
-        True if the vocabulary grew: the caller must then resize the model's embeddings.
+        True if the vocabulary grew. Models that are trained completely then get a row for it; those with an adapter do not,
+        and neither does what they export.
+
+    Raises:
+        UserError: If a token must be added and would get the id of another one.
     """
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return False
-    before = len(tokenizer)
-    log.warning(
-        "pad token is %s; using '%s' instead", "EOS" if tokenizer.pad_token_id is not None else "missing", PAD_TOKEN
-    )
-    tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    return len(tokenizer) > before
+    was = "EOS" if tokenizer.pad_token_id is not None else "missing"
+    unk = tokenizer.unk_token if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id) else None
+    known, vocabulary = spare_token(tokenizer) or unk, tokenizer.get_vocab()
+    if known is None:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    else:
+        tokenizer.pad_token = known
+    if known is None and PAD_TOKEN not in vocabulary and tokenizer.pad_token_id in vocabulary.values():
+        raise UserError(
+            "the tokenizer has no pad token, and one that is added gets the id of another token, for its ids have holes; set "
+            "pad_token in its tokenizer_config.json to a token that it has"
+        )
+    log.warning("pad token is %s; using '%s' instead", was, tokenizer.pad_token)
+    return largest_id(tokenizer) > max(vocabulary.values())
+
+
+def spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A token that is in the vocabulary for padding, or reserved for whoever needs one; None if there is none.
+
+    Of several reserved ones it is the last: later versions of a model give meanings to the first.
+    """
+    named = {str(token) for token in tokenizer.special_tokens_map.values()}
+    template = str(tokenizer.chat_template or "")
+    free = [
+        (index, token)
+        for token, index in tokenizer.get_vocab().items()
+        if BRACKETED.fullmatch(token) and token not in named and token not in template
+    ]
+    padding = [(-index, token) for index, token in free if PADDING.search(token) and not MEDIA.search(token)]
+    reserved = [(index, token) for index, token in free if RESERVED.search(token)]
+    return max(padding or reserved, default=(0, None))[1]
+
+
+def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Of all tokens. Where ids have holes, or begin beyond zero, it is not the number of tokens less one."""
+    return max(tokenizer.get_vocab().values())
+
+
+def without_added_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy without the pad token that :func:`repair_pad_token` has added, and without any other."""
+    plain: Any = copy.deepcopy(tokenizer)
+    plain.pad_token = None
+    if (backend := getattr(plain, "backend_tokenizer", None)) is not None:
+        spec = json.loads(backend.to_str())
+        spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != PAD_TOKEN]
+        plain._tokenizer = Tokenizer.from_str(json.dumps(spec))
+    else:
+        plain._added_tokens_decoder.pop(plain._added_tokens_encoder.pop(PAD_TOKEN, None), None)
+    return plain
 
 
 def uses_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -31,7 +31,7 @@ class TokenScores(NamedTuple):
 
 
 def token_scores(
-    logits: Tensor, tokens: Tensor, *, temperature: float, collisions: bool = False
+    logits: Tensor, tokens: Tensor, *, temperature: float, collisions: bool = False, missing: Tensor | None = None
 ) -> tuple[TokenScores, Tensor]:
     r"""Score one token a row, and keep what its gradient needs.
 
@@ -42,6 +42,7 @@ def token_scores(
         tokens: Shape (n,), int64.
         temperature: That the tokens were sampled with, > 0.
         collisions: Whether to compute C.
+        missing: Ids that no token has: their probability is zero, and they are not in the mean logit. Shape (m,), int64.
 
     Returns:
         The scores, and the log-probabilities of the whole vocabulary, finite, shape (n, vocabulary).
@@ -54,6 +55,10 @@ def token_scores(
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
     wide = logits if logits.dtype == torch.float64 else logits.float()
+    mean = wide.mean(-1)
+    if missing is not None:
+        mean = (wide.sum(-1) - wide[:, missing].sum(-1)) / (wide.shape[-1] - len(missing))
+        logits = wide = wide.index_fill(-1, missing, -torch.inf)
     log_probs = torch.log_softmax(wide / temperature if temperature != 1.0 else wide, dim=-1)
     logprobs = log_probs.gather(-1, tokens[:, None]).squeeze(-1)
     # A logit of minus infinity is a probability of zero, which has no surprise to add: 0 times a number, not times infinity.
@@ -62,7 +67,7 @@ def token_scores(
     entropy = -torch.linalg.vecdot(p, log_probs)
     agree = torch.linalg.vecdot(p, p).log() if collisions else None
     greedy = logits.gather(-1, tokens[:, None]).squeeze(-1) == logits.amax(-1)
-    return TokenScores(logprobs, entropy, greedy, wide.mean(-1), agree), log_probs
+    return TokenScores(logprobs, entropy, greedy, mean, agree), log_probs
 
 
 def logit_gradient(

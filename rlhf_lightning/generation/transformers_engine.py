@@ -23,6 +23,8 @@ from rlhf_lightning.functional.logprobs import log_softmax, response_mask_from_t
 from rlhf_lightning.generation.engine import Generation, GenerationEngine, SamplingParameters
 from rlhf_lightning.generation.sampling import penalized, seen_tokens
 from rlhf_lightning.generation.stop_strings import StopStrings, stop_strings_of
+from rlhf_lightning.models.head import missing_tokens
+from rlhf_lightning.models.loading import embedding_weight
 
 
 class TransformersEngine(GenerationEngine):
@@ -48,7 +50,8 @@ class TransformersEngine(GenerationEngine):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Generation:
         config = generation_settings(sampling, eos_ids=eos_ids, pad_id=pad_id)
-        with no_defaults_of_the_model(network, config):
+        suppress_missing(config, network)
+        with no_defaults_of_the_model(network, config), padding_without_row(network, pad_id):
             if self.continuous_batching:
                 refuse_dropped(sampling)
                 return _continuously(network, input_ids, attention_mask, config, sampling.samples_the_policy)
@@ -121,6 +124,28 @@ class DrawnLogprobs(LogitsProcessor):
         """
         self._saw(tokens[:, -1])
         return torch.stack(self.logprobs, dim=1)
+
+
+def suppress_missing(config: GenerationConfig, network: PreTrainedModel) -> None:
+    """Never draw an id that no token has, as in :func:`rlhf_lightning.models.head.head_logits`."""
+    if (missing := missing_tokens(network)) is not None:
+        config.suppress_tokens = missing.tolist()
+
+
+@contextmanager
+def padding_without_row(network: PreTrainedModel, pad_id: int) -> Iterator[None]:
+    """Let ``generate`` pad with an id that the network has no row for: some other row is read, and masked, for it."""
+    rows = len(embedding_weight(network))
+    if pad_id < rows:
+        yield
+        return
+    hook = network.get_input_embeddings().register_forward_pre_hook(
+        lambda _, inputs: (inputs[0].clamp(max=rows - 1), *inputs[1:])
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from rlhf_lightning.generation.vllm_weights import (
     write_model,
 )
 from rlhf_lightning.generation.vllm_worker import EXTENSION
+from rlhf_lightning.models.head import missing_tokens
 
 GIB = 2**30
 OURS = {"model", "skip_tokenizer_init", "generation_config", "logprobs_mode"}  # what the log-probabilities rest on
@@ -114,7 +115,8 @@ class VLLMEngine(GenerationEngine):
     ) -> Generation:
         assert self.vllm is not None  # take_weights came first
         prompts = prompts_of(input_ids, attention_mask)
-        asked = requests(len(prompts), sampling, eos_ids, can_stop=self._stops_at_strings)
+        missing = missing_tokens(network)
+        asked = requests(len(prompts), sampling, eos_ids, missing, can_stop=self._stops_at_strings)
         answers = self.vllm.answers(prompts, asked)
         stops = stop_strings_of(sampling, tokenizer)
         return generation(answers, sampling, pad_id, input_ids.device, eos_ids=eos_ids, stops=stops)

@@ -11,6 +11,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Generation, SamplingParameters
 from rlhf_lightning.generation.stop_strings import StopStrings
 
+NEVER = -100.0  # the lowest bias that vLLM takes
 COLDEST, HOTTEST = 0.01, 2.0  # vLLM raises a temperature to the first and refuses one beyond the second
 
 
@@ -35,7 +36,12 @@ def prompts_of(input_ids: Tensor, attention_mask: Tensor) -> list[list[int]]:
 
 
 def requests(
-    count: int, sampling: SamplingParameters, eos_ids: list[int], *, can_stop: bool = False
+    count: int,
+    sampling: SamplingParameters,
+    eos_ids: list[int],
+    missing: Tensor | None = None,
+    *,
+    can_stop: bool = False,
 ) -> list[dict[str, Any]]:
     """vLLM's sampling parameters for each of ``count`` responses; nothing is left to the defaults of the model's folder.
 
@@ -45,6 +51,7 @@ def requests(
         count: Number of responses.
         sampling: How to sample.
         eos_ids: Tokens that end a response.
+        missing: Ids that no token has. Shape (n,), int64.
         can_stop: Whether vLLM has a tokenizer, without which it can't find stop strings. It then generates on, and the caller
             cuts the responses.
 
@@ -79,6 +86,8 @@ def requests(
             "skip_special_tokens": False,
             "spaces_between_special_tokens": False,
         }  # the text that StopStrings reads
+    if missing is not None:
+        fields["logit_bias"] = {str(index): NEVER for index in missing.tolist()}
     if sampling.temperature == 0:
         return [fields] * count
     return [fields | {"seed": seed} for seed in torch.randint(2**62, (count,)).tolist()]

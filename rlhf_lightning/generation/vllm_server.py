@@ -29,6 +29,7 @@ from rlhf_lightning.generation.vllm_weights import (
     whole_weights,
 )
 from rlhf_lightning.generation.vllm_worker import EXTENSION
+from rlhf_lightning.models.head import missing_tokens
 from rlhf_lightning.models.loading import embedding_weight
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,8 @@ class VLLMServerEngine(GenerationEngine):
                 "spare that time start it without --skip-tokenizer-init, from a folder that holds the policy's tokenizer"
             )
             self._warned = True
-        asked = requests(len(prompts), sampling, eos_ids, can_stop=self.server.has_tokenizer)
+        missing = missing_tokens(network)
+        asked = requests(len(prompts), sampling, eos_ids, missing, can_stop=self.server.has_tokenizer)
         with ThreadPoolExecutor(min(len(prompts), AT_ONCE)) as threads:
             answers = list(threads.map(self.server.answer, prompts, asked))
         return generation(answers, sampling, pad_id, input_ids.device, eos_ids=eos_ids, stops=stops)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_lightning.data.tokenizers import without_added_pad
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapter_files import Adapter, write_adapter
 from rlhf_lightning.models.loading import source_dtype
@@ -113,6 +114,9 @@ def _export(
 ) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    weight: Any = network.get_input_embeddings().weight
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= weight.shape[0]:
+        tokenizer = without_added_pad(tokenizer)  # the base of an adapter has got no row for it
     try:
         if network.can_generate():
             network.generation_config = generation_config(network, tokenizer)

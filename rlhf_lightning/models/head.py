@@ -19,8 +19,32 @@ CHUNK = {"cpu": 2**25, "cuda": 2**27}
 KEPT = {"cpu": 2**26, "cuda": 2**27}
 
 
+MISSING = "missing_token_ids"  # a buffer of the network
+
+
+def mask_missing_tokens(network: PreTrainedModel, ids: set[int]) -> None:
+    """Give probability zero to ids that no token has: a policy is a distribution over the tokens that exist.
+
+    Many models have more rows than tokens (Qwen2.5: 151,936 and 151,665), and some vocabularies have holes. What is sampled
+    and what is trained on must be one distribution, so the mask is in the logits of both, and in the reference's. The rows
+    without a token then get no gradient, and an export has them as they were.
+
+    Args:
+        network: As loaded.
+        ids: Of all tokens.
+    """
+    missing = [index for index in range(network.get_input_embeddings().weight.shape[0]) if index not in ids]
+    if missing:
+        network.register_buffer(MISSING, torch.tensor(missing), persistent=False)
+
+
+def missing_tokens(network: PreTrainedModel) -> Tensor | None:
+    """Ids that no token has, shape (n,), int64; None where each has one."""
+    return getattr(network, MISSING, None)
+
+
 def head_logits(network: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits from hidden states, with the extra step that some architectures take after the linear head.
+    """Logits from hidden states, minus infinity where no token has the id.
 
     Args:
         network: A causal language model.
@@ -29,6 +53,12 @@ def head_logits(network: PreTrainedModel, hidden: Tensor) -> Tensor:
     Returns:
         Shape (..., vocabulary), in the model's dtype.
     """
+    logits, missing = raw_logits(network, hidden), missing_tokens(network)
+    return logits if missing is None else logits.index_fill(-1, missing, -torch.inf)
+
+
+def raw_logits(network: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits of every row of the head, with the extra step that some architectures take after it; as :func:`head_logits`."""
     logits = network.get_output_embeddings()(hidden)
     config = network.config.get_text_config()
     if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
@@ -70,7 +100,8 @@ def head_scores(
     rows, kept = max(min(ROWS[device], CHUNK[device] // vocabulary), 1), KEPT[device] // vocabulary
     trains = torch.is_grad_enabled() and (hidden.requires_grad or bool(weights))
     job = _Job(
-        lambda h: head_logits(network, h),
+        lambda h: raw_logits(network, h),
+        missing_tokens(network),
         tokens,
         rows,
         kept // rows,
@@ -85,6 +116,7 @@ def head_scores(
 
 class _Job(NamedTuple):
     logits: Callable[[Tensor], Tensor]
+    missing: Tensor | None
     tokens: Tensor
     rows: int
     kept: int
@@ -160,7 +192,9 @@ def _made(job: _Job, hidden: Tensor, tokens: Tensor) -> tuple[_Made, Tensor, Tok
     leaf = hidden.detach().requires_grad_(job.trains)
     with torch.set_grad_enabled(job.trains):
         logits = job.logits(leaf)
-    scored, log_probs = token_scores(logits.detach(), tokens, temperature=job.temperature, collisions=job.collisions)
+    scored, log_probs = token_scores(
+        logits.detach(), tokens, temperature=job.temperature, collisions=job.collisions, missing=job.missing
+    )
     return _Made(leaf, get_gradient_edge(logits) if job.trains else None, logits.dtype), log_probs, scored
 
 

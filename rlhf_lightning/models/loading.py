@@ -18,9 +18,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rlhf_lightning.data.tokenizers import largest_id
 from rlhf_lightning.errors import UserError, missing_model
 from rlhf_lightning.models.adapter_files import read_adapter
 from rlhf_lightning.models.adapters import has_adapter, same_adapter_again, with_adapter
+from rlhf_lightning.models.head import mask_missing_tokens
 from rlhf_lightning.models.precision import cast
 from rlhf_lightning.models.quantization import quantized
 from rlhf_lightning.models.spec import ModelSpec
@@ -230,8 +232,11 @@ def _from_scratch(auto: Any, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase
             near = "".join(f" (did you mean {name}?)" for name in get_close_matches(key, known, 1))
             raise UserError(f"architecture.{key} is not a field of the {model_type} config{near}; it would be ignored")
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **ids, **fields, **kwargs})
-    model = auto.from_config(_without_dropout(config), attn_implementation=spec.attn_implementation)
+    config = AutoConfig.for_model(model_type, **{"vocab_size": largest_id(tokenizer) + 1, **ids, **fields, **kwargs})
+    try:
+        model = auto.from_config(_without_dropout(config), attn_implementation=spec.attn_implementation)
+    except ValueError as error:  # a model of another kind
+        raise UserError(f"architecture.model_type {model_type}: {str(error).splitlines()[0]}") from error
     cast(model, getattr(torch, spec.dtype))
     return model
 
@@ -259,19 +264,24 @@ def _draw_head(head: nn.Linear) -> None:
 def _fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> PreTrainedModel:
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise UserError("the tokenizer's pad token is missing or equal to EOS; repair it before a model is loaded")
-    rows = embedding_weight(model).shape[0]
-    if len(tokenizer) > rows:
-        if spec.adapter is not None:
-            raise UserError(
-                f"the tokenizer has {len(tokenizer)} tokens and {spec.path} embeddings for {rows}: an adapter would leave the "
-                "others at random; give a base that has them, such as the export of an SFT run without an adapter"
-            )
-        log.warning(
-            "%s: embeddings grow from %d to %d rows for the tokenizer's new tokens", spec.path, rows, len(tokenizer)
+    ids, rows = set(tokenizer.get_vocab().values()), embedding_weight(model).shape[0]
+    beyond = {index for index in ids if index >= rows}
+    if spec.adapter is not None and beyond - {tokenizer.pad_token_id}:
+        raise UserError(
+            f"the tokenizer has ids up to {max(ids)} and {spec.path} embeddings for {rows}: an adapter would leave the "
+            "others at random; give a base that has them, such as the export of an SFT run without an adapter"
         )
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if beyond and spec.adapter is None:
+        log.warning("%s: embeddings grow from %d to %d rows for the tokenizer's tokens", spec.path, rows, max(ids) + 1)
+        rows = max(ids) + 1
+        model.resize_token_embeddings(rows, mean_resizing=False)
     for name in ("pad", "bos", "eos"):
-        setattr(model.config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
+        index = getattr(tokenizer, f"{name}_token_id")
+        # Padding is masked wherever the network is called, so that it needs no row of a base that an adapter leaves as it is.
+        setattr(model.config, f"{name}_token_id", None if index is not None and index >= rows else index)
+    if tokenizer.pad_token_id == tokenizer.unk_token_id:
+        model.get_input_embeddings().padding_idx = None  # which would keep a token of the data from being learnt
+    mask_missing_tokens(model, ids)
     model.train()  # from_pretrained leaves eval mode, in which gradient checkpointing does nothing; dropout is off anyway
     if spec.gradient_checkpointing:
         again = {"use_reentrant": False} | ({"context_fn": same_adapter_again(model)} if spec.adapter else {})

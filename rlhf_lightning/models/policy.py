@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.attention import use_rows
-from rlhf_lightning.models.head import head_logits, head_scores
+from rlhf_lightning.models.head import head_scores, raw_logits
 from rlhf_lightning.models.loading import embedding_weight
 from rlhf_lightning.models.precision import Float32Buffers
 from rlhf_lightning.models.trunk import States, hidden_states
@@ -119,7 +119,7 @@ def check_head(network: PreTrainedModel) -> None:
         return
     ids = torch.arange(4, device=device)[None]
     whole = network(input_ids=ids, use_cache=False).logits[0]
-    apart = head_logits(network, hidden_states(network, ids, torch.ones_like(ids, dtype=torch.bool)).hidden)
+    apart = raw_logits(network, hidden_states(network, ids, torch.ones_like(ids, dtype=torch.bool)).hidden)
     if not torch.allclose(whole.float(), apart.float(), rtol=1e-3, atol=1e-3):
         raise UserError(
             f"{type(network).__name__} changes its logits after the head in a way that is not known here; "
