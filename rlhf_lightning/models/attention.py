@@ -18,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.length_rules import LengthRules, length_rules, trunk_of
 from rlhf_lightning.models.packing import Continuation, Packing, Run, left_aligned, pack
+from rlhf_lightning.models.routers import keep_router_loss, router_arguments
 from rlhf_lightning.models.varlen import has_kernel, varlen_attention
 
 log = logging.getLogger(__name__)
@@ -208,8 +209,14 @@ def over_rows(network: PreTrainedModel, tokens: Tensor, positions: Tensor, rows:
     # A mask of four dimensions is handed on as it is: the model must not make a quadratic one of its own.
     none = tokens.new_zeros((1, 1, 1, 1), dtype=torch.bool)
     output = trunk_of(network)(
-        input_ids=tokens[None], position_ids=positions[None], attention_mask=none, use_cache=False, rows=rows
+        input_ids=tokens[None],
+        position_ids=positions[None],
+        attention_mask=none,
+        use_cache=False,
+        rows=rows,
+        **router_arguments(network),
     )
+    keep_router_loss(network, output)
     return output.last_hidden_state[0]
 
 
@@ -236,9 +243,10 @@ def padded_states(network: PreTrainedModel, input_ids: Tensor, attention_mask: T
     """
     columns = left_aligned(attention_mask)
     ids = input_ids.masked_fill(~attention_mask, 0).gather(1, columns)
-    hidden = trunk_of(network)(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    output = trunk_of(network)(input_ids=ids, use_cache=False, **router_arguments(network))
+    keep_router_loss(network, output, attention_mask.gather(1, columns).flatten())
     places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
-    return hidden, torch.empty_like(places).scatter_(1, columns, places)
+    return output.last_hidden_state.flatten(0, 1), torch.empty_like(places).scatter_(1, columns, places)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from rlhf_lightning.models.adapters import has_adapter, same_adapter_again, with
 from rlhf_lightning.models.head import mask_missing_tokens
 from rlhf_lightning.models.precision import cast
 from rlhf_lightning.models.quantization import quantized
+from rlhf_lightning.models.routers import set_up_routers
 from rlhf_lightning.models.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -242,9 +243,11 @@ def _from_scratch(auto: Any, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase
 
 
 def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """Dropout makes old and new log-probabilities differ at equal weights; no stage here uses it."""
-    for key, value in config.to_dict().items():
-        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float) and value > 0:
+    """Dropout, of units or of layers, makes old and new log-probabilities differ at equal weights; no stage here uses it."""
+    for key, value in list(vars(config).items()):
+        if isinstance(value, PretrainedConfig):  # as DBRX has one for attention and one for experts
+            _without_dropout(value)
+        elif ("dropout" in key or key.endswith(("pdrop", "layerdrop"))) and isinstance(value, float) and value > 0:
             setattr(config, key, 0.0)
     return config
 
@@ -282,6 +285,7 @@ def _fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     if tokenizer.pad_token_id == tokenizer.unk_token_id:
         model.get_input_embeddings().padding_idx = None  # which would keep a token of the data from being learnt
     mask_missing_tokens(model, ids)
+    set_up_routers(model, spec.router_aux_loss_coef)
     model.train()  # from_pretrained leaves eval mode, in which gradient checkpointing does nothing; dropout is off anyway
     if spec.gradient_checkpointing:
         again = {"use_reentrant": False} | ({"context_fn": same_adapter_again(model)} if spec.adapter else {})

@@ -53,6 +53,8 @@ class ModelSpec:
         attn_implementation: As in transformers: sdpa, eager, flash_attention_2, ...; None for its choice.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         adapter: Train this beside the weights instead of the weights; None trains them all.
+        router_aux_loss_coef: Of mixtures of experts: weight of the loss that keeps all experts in use, added in every method
+            that trains the network. None for that of its config, 0 for none.
         quantization: Of the frozen weights below an adapter (bitsandbytes, needs a CUDA GPU): 4bit (NF4) or 8bit.
         revision: Of the hub repository.
         trust_remote_code: Run code that the repository brings. Only for repositories that you have read.
@@ -64,6 +66,7 @@ class ModelSpec:
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
     adapter: LoRA | None = None
+    router_aux_loss_coef: float | None = None
     quantization: Literal["4bit", "8bit"] | None = None
     revision: str | None = None
     trust_remote_code: bool = False

@@ -18,7 +18,7 @@ from rlhf_lightning.models.frozen import Frozen, policy_as_it_starts
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
 from rlhf_lightning.models.spec import ModelSpec, as_wide_as
-from rlhf_lightning.modules.guard import StepGuard
+from rlhf_lightning.modules.guard import StepGuard, with_router_loss
 from rlhf_lightning.modules.half_precision import place_reference, prepare_precision, warn_of_rounded_reference
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.master_weights import build_optimizer
@@ -127,7 +127,7 @@ class DPOModule(LightningModule):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         loss, counted = self._loss(batch)
         self.train_means.update(counted)
-        return self.guard.saw(batch, loss / batch.normalizer)
+        return self.guard.saw(batch, with_router_loss(self, loss / batch.normalizer))
 
     def _loss(self, batch: PreferenceBatch) -> tuple[Tensor, Counted]:
         """Summed loss, and what it and the diagnostics are means of."""

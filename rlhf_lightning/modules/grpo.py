@@ -23,7 +23,7 @@ from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.group_metrics import group_means, length_extremes, update_means
 from rlhf_lightning.modules.grpo_update import Groups, GRPOUpdate, check_groups
-from rlhf_lightning.modules.guard import StepGuard
+from rlhf_lightning.modules.guard import StepGuard, with_router_loss
 from rlhf_lightning.modules.half_precision import prepare_precision
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.master_weights import build_optimizer
@@ -268,7 +268,8 @@ class GRPOModule(LightningModule):
         for micro in minibatch.micro_batches(self.update.micro_batch_size, most):
             loss, squares = self._micro_loss(micro, total, taken == 0 and checked)
             # DDP averages gradients over ranks: times the world size makes it a sum, over all ranks' tokens.
-            self.manual_backward(self.guard.saw(micro, loss * self.trainer.world_size))
+            loss = with_router_loss(self, loss * self.trainer.world_size, share=1 / most)
+            self.manual_backward(self.guard.saw(micro, loss))
             log_ratio_squares += squares
         clipped_step(self, self.update.max_grad_norm)
         self.update_means.update({"staleness": (torch.tensor(float(taken * len(minibatch))), len(minibatch))})

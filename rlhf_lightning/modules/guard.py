@@ -12,11 +12,24 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.routers import take_router_loss
 
 SHOWN = 3  # parameters named in the message; the file names all
 FAR, LONG = 100, 10  # times the clip, steps in a row: what is clipped so much sets no step length any more
 
 log = logging.getLogger(__name__)
+
+
+def with_router_loss(module: LightningModule, loss: Tensor, share: float = 1.0) -> Tensor:
+    """Add the auxiliary loss of mixtures of experts; any other network leaves the loss as it is.
+
+    Args:
+        module: Its networks were called for this loss.
+        loss: Scalar, what is about to be differentiated.
+        share: Of the optimizer step on this rank, where gradients of micro-batches are summed and not averaged.
+    """
+    auxiliary = take_router_loss(module)
+    return loss if auxiliary is None else loss + share * auxiliary
 
 
 class StepGuard:

@@ -19,7 +19,7 @@ from rlhf_lightning.models.frozen import Frozen, policy_as_it_starts
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
 from rlhf_lightning.models.spec import ModelSpec, as_wide_as
-from rlhf_lightning.modules.guard import StepGuard
+from rlhf_lightning.modules.guard import StepGuard, with_router_loss
 from rlhf_lightning.modules.half_precision import (
     computes_in_half,
     place_reference,
@@ -132,7 +132,7 @@ class KTOModule(LightningModule):
         self.train_means.update(counted)
         if self.loss.baseline == "running_mean":
             self.seen.saw(logratio)
-        return self.guard.saw(batch, loss / batch.normalizer)
+        return self.guard.saw(batch, with_router_loss(self, loss / batch.normalizer))
 
     def _loss(self, batch: UnpairedBatch) -> tuple[Tensor, Tensor, Counted]:
         """Summed loss, the log-ratio of each answer, and what loss and diagnostics are means of."""

@@ -20,7 +20,7 @@ from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules.grpo_update import Groups, GRPOUpdate
-from rlhf_lightning.modules.guard import StepGuard
+from rlhf_lightning.modules.guard import StepGuard, with_router_loss
 from rlhf_lightning.modules.half_precision import computes_in_half, prepare_precision
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.master_weights import build_optimizer
@@ -232,7 +232,8 @@ class OnlineDPOModule(LightningModule):
         for micro in minibatch.micro_batches(self.update.micro_batch_size, most):
             loss = self._micro_loss(micro, same_weights) / teaching.clamp(min=1)
             # DDP averages gradients over ranks: times the world size makes it a sum, over all ranks' pairs.
-            self.manual_backward(self.guard.saw(micro, loss * self.trainer.world_size))
+            loss = with_router_loss(self, loss * self.trainer.world_size, share=1 / most)
+            self.manual_backward(self.guard.saw(micro, loss))
         clipped_step(self, self.update.max_grad_norm)
 
     def _micro_loss(self, rows: Rollout, same_weights: bool = False) -> Tensor:

@@ -22,7 +22,7 @@ from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork
 from rlhf_lightning.models.shared_critic import load_critic
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.modules.guard import StepGuard
+from rlhf_lightning.modules.guard import StepGuard, with_router_loss
 from rlhf_lightning.modules.half_precision import prepare_precision
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.master_weights import build_optimizer
@@ -226,7 +226,8 @@ class PPOModule(LightningModule):
         for micro in minibatch.micro_batches(self.update.micro_batch_size, most):
             loss, squares = self._micro_loss(micro, same_weights)
             # DDP averages gradients over ranks: times the world size makes it a sum, over all ranks' tokens.
-            self.manual_backward(self.guard.saw(micro, loss * self.trainer.world_size / tokens))
+            loss = with_router_loss(self, loss * self.trainer.world_size / tokens, share=1 / most)
+            self.manual_backward(self.guard.saw(micro, loss))
             log_ratio_squares += squares
         if texts is not None:
             add_pretraining(self, texts)

@@ -8,6 +8,7 @@ from torch import Tensor
 from rlhf_lightning.batches import PromptBatch, SequenceBatch
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.language_model import nll_loss
+from rlhf_lightning.models.routers import take_router_loss
 from rlhf_lightning.modules.online import fewest
 from rlhf_lightning.rollouts.buffer import parts
 
@@ -51,6 +52,7 @@ def add_pretraining(module: Any, texts: SequenceBatch) -> None:
     for rows in parts(torch.arange(len(counted), device=counted.device), size, fewest(module, size, len(counted))):
         inputs = texts.input_ids[rows], texts.attention_mask[rows], texts.response_mask[rows]
         output = module.actor_critic(*inputs)
+        take_router_loss(module)  # that of the responses is in the step already
         loss = nll_loss(output.logprobs, counted[rows]).sum()
         module.update_means.update({"loss/ptx_avg": (loss, counted[rows].sum())})
         scale = module.loss.ptx_coef * module.trainer.world_size / tokens

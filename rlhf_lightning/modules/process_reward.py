@@ -15,7 +15,7 @@ from rlhf_lightning.losses.process import StepBCELoss, StepLoss
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.modules.guard import StepGuard
+from rlhf_lightning.modules.guard import StepGuard, with_router_loss
 from rlhf_lightning.modules.half_precision import prepare_precision
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.master_weights import build_optimizer
@@ -90,7 +90,7 @@ class ProcessRewardModule(LightningModule):
     def training_step(self, batch: StepwiseBatch, batch_idx: int) -> Tensor:
         loss, counted = self._loss(batch)
         self.train_means.update(counted)
-        return self.guard.saw(batch, loss / batch.normalizer)
+        return self.guard.saw(batch, with_router_loss(self, loss / batch.normalizer))
 
     def _loss(self, batch: StepwiseBatch) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor | int]]]:
         """Summed loss over the labelled steps, and what it and the diagnostics are means of."""

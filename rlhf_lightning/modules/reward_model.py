@@ -23,7 +23,7 @@ from rlhf_lightning.losses import BradleyTerryLoss, LabelledLoss, ListLoss, Rank
 from rlhf_lightning.models.ensemble import Ensemble, ScalarEnsemble, build_reward_model, members_of
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.modules.guard import StepGuard
+from rlhf_lightning.modules.guard import StepGuard, with_router_loss
 from rlhf_lightning.modules.half_precision import prepare_precision
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.master_weights import build_optimizer
@@ -113,7 +113,7 @@ class RewardModelModule(LightningModule):
     def training_step(self, batch: RewardBatch, batch_idx: int) -> Tensor:
         loss, counted = self._loss(batch, self(batch))
         self.train_means.update(counted)
-        return self.guard.saw(batch, loss / batch.normalizer)
+        return self.guard.saw(batch, with_router_loss(self, loss / batch.normalizer))
 
     def _loss(self, batch: RewardBatch, scores: Tensor) -> tuple[Tensor, Counted]:
         """Summed loss, over members too, so that each learns as it would alone; and what is counted, of their mean score."""

@@ -14,7 +14,7 @@ from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.modules.guard import StepGuard
+from rlhf_lightning.modules.guard import StepGuard, with_router_loss
 from rlhf_lightning.modules.half_precision import prepare_precision
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.master_weights import build_optimizer
@@ -73,7 +73,7 @@ class SFTModule(LightningModule):
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         loss, counted = self._loss(batch)
         self.train_means.update(counted)
-        return self.guard.saw(batch, loss / batch.normalizer)
+        return self.guard.saw(batch, with_router_loss(self, loss / batch.normalizer))
 
     def _loss(self, batch: SequenceBatch) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor | int]]]:
         """Summed loss, and what it and the diagnostics are means of."""
