@@ -67,6 +67,8 @@ def put_in(network: PreTrainedModel, name: str, spec: ModelSpec, head: nn.Linear
     assert spec.adapter is not None
     trained = read_adapter(spec.adapter.path) if spec.adapter.path else None
     config = trained.config if trained else new_config(spec.adapter, head)
+    if config.target_modules == "all-linear":
+        config.exclude_modules = [n for n, m in network.named_modules() if is_router(m)] or None
     config.base_model_name_or_path = str(spec.path)
     peft = needs_peft()
     with warnings.catch_warnings():
@@ -120,7 +122,7 @@ def check_layers(network: PreTrainedModel, spec: ModelSpec) -> None:
     """
     trunk = set(trunk_of(network).modules())
     for name, layer in lora_layers(network, named=True):
-        if layer not in trunk or isinstance(layer.get_base_layer(), nn.Embedding):
+        if layer not in trunk or isinstance(layer.get_base_layer(), nn.Embedding) or is_router(layer.get_base_layer()):
             raise UserError(
                 f"an adapter for {spec.path}: {name} is not a linear layer of the trunk; leave it out of the targets"
             )
@@ -128,6 +130,13 @@ def check_layers(network: PreTrainedModel, spec: ModelSpec) -> None:
             raise UserError(
                 f"an adapter for {spec.path}: {name} has more than the two matrices of LoRA; merge it into its base"
             )
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether a linear layer of an architecture does more than a matrix product, as routers that choose experts do."""
+    kind = type(module)
+    own = isinstance(module, nn.Linear) and kind.forward is not nn.Linear.forward
+    return own and "modeling_" in kind.__module__
 
 
 def load_trained(

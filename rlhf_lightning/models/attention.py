@@ -279,7 +279,9 @@ def use_rows(network: PreTrainedModel) -> None:
             type(network).__name__,
             reason,
         )
-    elif rules.packed is not None and rules.packed < (getattr(config, "max_position_embeddings", None) or rules.packed + 1):
+    elif rules.packed is not None and rules.packed < (
+        getattr(config, "max_position_embeddings", None) or rules.packed + 1
+    ):
         log.warning(
             "%s: rows of more than %d tokens stay padded, for a rule of its attention begins there",
             type(network).__name__,

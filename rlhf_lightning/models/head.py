@@ -33,7 +33,8 @@ def mask_missing_tokens(network: PreTrainedModel, ids: set[int]) -> None:
         network: As loaded.
         ids: Of all tokens.
     """
-    missing = [index for index in range(network.get_input_embeddings().weight.shape[0]) if index not in ids]
+    embedding: Any = network.get_input_embeddings()
+    missing = [index for index in range(embedding.weight.shape[0]) if index not in ids]
     if missing:
         network.register_buffer(MISSING, torch.tensor(missing), persistent=False)
 

@@ -65,7 +65,7 @@ def length_rules(network: PreTrainedModel, packed: Run, padded: Run) -> LengthRu
     """
     config = network.config.get_text_config()
     fields = length_fields(config)
-    trunk = next((m for m in network.modules() if _is_trunk(m) and m.config is config), None)
+    trunk: Any = next((m for m in network.modules() if _is_trunk(m) and m.config is config), None)
     if trunk is None:
         return LengthRules()
     key = (type(trunk), json.dumps(config.to_dict(), sort_keys=True, default=str))

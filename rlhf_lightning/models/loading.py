@@ -271,8 +271,8 @@ def _fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     beyond = {index for index in ids if index >= rows}
     if spec.adapter is not None and beyond - {tokenizer.pad_token_id}:
         raise UserError(
-            f"the tokenizer has ids up to {max(ids)} and {spec.path} embeddings for {rows}: an adapter would leave the "
-            "others at random; give a base that has them, such as the export of an SFT run without an adapter"
+            f"the tokenizer has {len(tokenizer)} tokens up to id {max(ids)} and {spec.path} embeddings for {rows}: an adapter "
+            "would leave the others at random; give a base that has them, such as the export of an SFT run without an adapter"
         )
     if beyond and spec.adapter is None:
         log.warning("%s: embeddings grow from %d to %d rows for the tokenizer's tokens", spec.path, rows, max(ids) + 1)
@@ -283,7 +283,8 @@ def _fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         # Padding is masked wherever the network is called, so that it needs no row of a base that an adapter leaves as it is.
         setattr(model.config, f"{name}_token_id", None if index is not None and index >= rows else index)
     if tokenizer.pad_token_id == tokenizer.unk_token_id:
-        model.get_input_embeddings().padding_idx = None  # which would keep a token of the data from being learnt
+        embedding: Any = model.get_input_embeddings()
+        embedding.padding_idx = None  # it would keep a token of the data from being learnt
     mask_missing_tokens(model, ids)
     set_up_routers(model, spec.router_aux_loss_coef)
     model.train()  # from_pretrained leaves eval mode, in which gradient checkpointing does nothing; dropout is off anyway

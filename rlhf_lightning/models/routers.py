@@ -36,7 +36,9 @@ def set_up_routers(network: PreTrainedModel, coefficient: float | None) -> None:
         if any("jitter" in name for name in vars(module)):
             module.register_forward_pre_hook(_in_eval_mode)
     fields = _fields(network)
-    experts = max((value for name, value in fields.items() if EXPERTS.fullmatch(name) and type(value) is int), default=1)
+    experts = max(
+        (value for name, value in fields.items() if EXPERTS.fullmatch(name) and type(value) is int), default=1
+    )
     records = "router_logits" in (getattr(trunk_of(network), "_can_record_outputs", None) or {})
     balanced = experts > 1 and records and any(fields.get(name) for name in CHOSEN)
     if coefficient and not balanced:

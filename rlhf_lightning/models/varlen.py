@@ -79,16 +79,16 @@ def varlen_attention(
     size += -size % MULTIPLE
     # Zeros change no score and add zeros to the output: the kernel knows one size for keys and values.
     query, key, value = (F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x for x in (query, key, value))
-    starts = [
+    from_query, from_key = (
         torch.tensor([0, *x]).cumsum(0).to(query.device, torch.int32, non_blocking=True) for x in (queries, keys)
-    ]
+    )
     known = _parameters(varlen_attn)
     options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
     if "enable_gqa" in known:
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     elif query.shape[1] != key.shape[1]:  # before torch 2.12
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    out = varlen_attn(query, key, value, *starts, max(queries), max(keys), **options)
+    out = varlen_attn(query, key, value, from_query, from_key, max(queries), max(keys), **options)
     assert isinstance(out, Tensor)
     return out[..., :value_size]
 

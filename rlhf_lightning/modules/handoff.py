@@ -14,6 +14,7 @@ from rlhf_lightning.data.chat import ensure_chat_template
 from rlhf_lightning.data.tokenizers import load_tokenizer, repair_pad_token, same_tokenizer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapters import has_adapter
+from rlhf_lightning.models.attention import rules_of
 from rlhf_lightning.models.sharding import shard, sharing
 from rlhf_lightning.models.tensor_parallel import split
 from rlhf_lightning.modules.tensor_parallel import TensorParallelStrategy
@@ -54,7 +55,9 @@ def check_context(module: LightningModule, network: PreTrainedModel, new_tokens:
     Raises:
         UserError: If a row is longer than the positions that the network knows.
     """
-    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    known = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    # Beyond the second bound rows of one batch change each other: see models/length_rules.py.
+    limit = min((bound for bound in (known, rules_of(network).together) if bound is not None), default=None)
     rows: dict[str, Dataset] = getattr(getattr(module._trainer, "datamodule", None), "rows", {})
     longest = max((max(part["length"]) for part in rows.values() if len(part)), default=0) + new_tokens
     if limit is not None and longest > limit:

@@ -10,6 +10,7 @@ from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.native import NativeEngine
 from rlhf_lightning.generation.sampling import drawn, filtered
 from rlhf_lightning.models.attention import use_rows
+from rlhf_lightning.models.length_rules import LengthRules
 
 PAD, EOS, VOCABULARY = 0, 2, 12
 
@@ -120,6 +121,64 @@ def test_a_sliding_window_slides_over_the_stored_keys_too():
             logits = network(input_ids=ids).logits[0, len(prompt) - 1 : -1]
         expected = log_softmax(logits, 1.0).gather(1, drawn.tokens[row][:, None])[:, 0]
         torch.testing.assert_close(drawn.logprobs[row], expected, atol=1e-5, rtol=1e-5)
+
+
+MLA = {
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "first_k_dense_replace": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("deepseek_v2", MLA | {"q_lora_rank": None}),
+        ("deepseek_v3", MLA | {"q_lora_rank": 8}),
+        (
+            "diffllama",
+            {"num_key_value_heads": 2, "head_dim": 8},
+        ),  # calls its attention twice a layer, with other values
+    ],
+)
+def test_each_buffer_has_the_size_of_what_goes_into_it(kind, fields):
+    """Value heads are smaller than key heads in multi-head latent attention."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = AutoConfig.for_model(kind, num_attention_heads=2, **sizes, **fields)
+    network = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in network.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.35)
+    use_rows(network)
+    sampling = SamplingParameters(max_new_tokens=7)
+    drawn = NativeEngine().generate(network, *left_padded(PROMPTS), sampling, eos_ids=[EOS], pad_id=PAD)
+    network.set_attn_implementation("eager")
+    for row, (prompt, length) in enumerate(zip(PROMPTS, lengths_of(drawn.tokens), strict=True)):
+        ids = torch.tensor([prompt + drawn.tokens[row, :length].tolist()])
+        with torch.no_grad():
+            logits = network(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        expected = log_softmax(logits, 1.0).gather(1, drawn.tokens[row, :length, None])[:, 0]
+        torch.testing.assert_close(drawn.logprobs[row, :length], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_that_would_outgrow_what_is_computed_rightly_is_refused():
+    network = llama()
+    network.length_rules = LengthRules(packed=8)
+    sampling = SamplingParameters(max_new_tokens=4)
+    NativeEngine().generate(network, *left_padded([[4] * 4]), sampling, eos_ids=[EOS], pad_id=PAD)
+    with pytest.raises(UserError, match="natively beyond 8 tokens"):
+        NativeEngine().generate(network, *left_padded([[4] * 5]), sampling, eos_ids=[EOS], pad_id=PAD)
 
 
 def test_an_architecture_that_it_cannot_serve_is_refused_with_the_way_out():

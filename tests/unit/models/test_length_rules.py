@@ -162,7 +162,10 @@ def test_a_rule_that_counts_columns_counts_those_of_the_row(side):
 def scaling(kind):
     short, long = [1.0] * 4, [4.0, 3.0, 2.0, 1.5]
     if kind == "dynamic":
-        return {"max_position_embeddings": 8, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+        return {
+            "max_position_embeddings": 8,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+        }
     rope = {"rope_type": "longrope", "short_factor": short, "long_factor": long, "rope_theta": 1e4}
     return {"max_position_embeddings": 64, "rope_parameters": rope | {"original_max_position_embeddings": 8}}
 
@@ -173,7 +176,9 @@ def test_scaling_that_follows_the_longest_row_is_refused_past_its_bound(kind):
     ids, mask = batch("left", [9, 3])
     expected, _ = alone(model, ids[1:], mask[1:])
     beside = trunk_of(copy.deepcopy(model))(input_ids=torch.stack([ids[0], ids[1].roll(3)])).last_hidden_state[1, :3]
-    assert (beside - expected).abs().max() > 0.01  # the longer neighbour changes the shorter row: that is what is refused
+    assert (
+        beside - expected
+    ).abs().max() > 0.01  # the longer neighbour changes the shorter row: that is what is refused
     use_rows(model)
     assert rules_of(model) == LengthRules(8, 8)
     with pytest.raises(UserError, match="a row has 9 tokens; beyond 8"):

@@ -7,7 +7,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.export import eos_ids, export_folder
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
+from rlhf_lightning.models.policy import PolicyNetwork
 from rlhf_lightning.models.spec import ModelSpec
+from tests.unit.models.adapted import LORA
 
 IDS = torch.tensor([[1, 4, 5, 6, 2]])
 
@@ -97,3 +99,43 @@ def test_an_export_replaces_the_whole_of_an_older_one(causal, tokenizer, tmp_pat
     export_folder(causal, tokenizer, folder)
     assert not (folder / "stale.bin").exists()
     assert list(tmp_path.iterdir()) == [folder]
+
+
+LLAMA4 = {
+    "model_type": "llama4_text",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "intermediate_size_mlp": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "num_local_experts": 2,
+    "attention_chunk_size": 4,
+}
+
+
+@pytest.mark.parametrize("adapter", [None, LORA])
+def test_llama_4_text_is_trained_and_exported(adapter, tokenizer, tmp_path, batch):
+    """Its class names a base model that only the multimodal one has."""
+    base = load_causal_lm(ModelSpec(architecture=LLAMA4), tokenizer)
+    for parameter in base.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.3)
+    path = str(export_folder(base, tokenizer, tmp_path / "base"))
+    policy = PolicyNetwork(load_causal_lm(ModelSpec(path=path, adapter=adapter), tokenizer))
+    ids, mask, response = batch
+    output = policy(ids, mask, response)
+    plain = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    for row, (real, counted) in enumerate(zip(mask, response, strict=True)):
+        tokens = ids[row][real]
+        expected = plain(tokens[None]).logits[0, :-1].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+        wanted = counted[1:]
+        torch.testing.assert_close(output.logprobs[row][wanted], expected[counted[real][1:]], atol=1e-5, rtol=1e-5)
+    output.logprobs.sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.parameters())
+
+
+def test_a_model_type_of_another_kind_is_refused_in_one_line(tokenizer):
+    with pytest.raises(UserError, match=r"architecture\.model_type llama4_text: Unrecognized configuration class"):
+        load_scalar_model(ModelSpec(architecture=LLAMA4), tokenizer, new_head=True)
