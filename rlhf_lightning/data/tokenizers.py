@@ -93,7 +93,7 @@ def repair_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:
             "pad_token in its tokenizer_config.json to a token that it has"
         )
     log.warning("pad token is %s; using '%s' instead", was, tokenizer.pad_token)
-    return largest_id(tokenizer) > max(vocabulary.values())
+    return max(token_ids(tokenizer)) > max(vocabulary.values())
 
 
 def spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -113,9 +113,10 @@ def spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return max(padding or reserved, default=(0, None))[1]
 
 
-def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Of all tokens. Where ids have holes, or begin beyond zero, it is not the number of tokens less one."""
-    return max(tokenizer.get_vocab().values())
+def token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of all tokens. They may have holes: the largest is not always the number of tokens less one."""
+    vocabulary = getattr(tokenizer, "get_vocab", None)  # a tokenizer of one's own may have a size and no more
+    return set(range(len(tokenizer))) if vocabulary is None else set(vocabulary().values())
 
 
 def without_added_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

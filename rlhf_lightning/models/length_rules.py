@@ -70,7 +70,8 @@ def length_rules(network: PreTrainedModel, packed: Run, padded: Run) -> LengthRu
         return LengthRules()
     key = (type(trunk), json.dumps(config.to_dict(), sort_keys=True, default=str))
     if key not in _KNOWN:
-        _KNOWN[key] = _measured(type(trunk), config, fields, packed, padded)
+        with torch.device("cpu"):  # where the caller builds may be a GPU, or nowhere at all
+            _KNOWN[key] = _measured(type(trunk), config, fields, packed, padded)
     return _KNOWN[key]
 
 
@@ -186,7 +187,7 @@ def _built(kind: type[PreTrainedModel], config: PretrainedConfig, fields: list[F
                 for field in fields:
                     _set(shrunk, field, SHORT)
                 if _parameters(kind, shrunk) <= LARGEST:
-                    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                    with torch.random.fork_rng(devices=[]):
                         torch.manual_seed(0)
                         return _drawn(kind._from_config(shrunk, **attention).eval())
             except (*FAILURES, StrictDataclassError):  # sizes that this architecture can't have

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_lightning.data.tokenizers import largest_id
+from rlhf_lightning.data.tokenizers import token_ids
 from rlhf_lightning.errors import UserError, missing_model
 from rlhf_lightning.models.adapter_files import read_adapter
 from rlhf_lightning.models.adapters import has_adapter, same_adapter_again, with_adapter
@@ -233,7 +233,9 @@ def _from_scratch(auto: Any, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase
             near = "".join(f" (did you mean {name}?)" for name in get_close_matches(key, known, 1))
             raise UserError(f"architecture.{key} is not a field of the {model_type} config{near}; it would be ignored")
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    config = AutoConfig.for_model(model_type, **{"vocab_size": largest_id(tokenizer) + 1, **ids, **fields, **kwargs})
+    config = AutoConfig.for_model(
+        model_type, **{"vocab_size": max(token_ids(tokenizer)) + 1, **ids, **fields, **kwargs}
+    )
     try:
         model = auto.from_config(_without_dropout(config), attn_implementation=spec.attn_implementation)
     except ValueError as error:  # a model of another kind
@@ -267,7 +269,7 @@ def _draw_head(head: nn.Linear) -> None:
 def _fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> PreTrainedModel:
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise UserError("the tokenizer's pad token is missing or equal to EOS; repair it before a model is loaded")
-    ids, rows = set(tokenizer.get_vocab().values()), embedding_weight(model).shape[0]
+    ids, rows = token_ids(tokenizer), embedding_weight(model).shape[0]
     beyond = {index for index in ids if index >= rows}
     if spec.adapter is not None and beyond - {tokenizer.pad_token_id}:
         raise UserError(
@@ -282,7 +284,7 @@ def _fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         index = getattr(tokenizer, f"{name}_token_id")
         # Padding is masked wherever the network is called, so that it needs no row of a base that an adapter leaves as it is.
         setattr(model.config, f"{name}_token_id", None if index is not None and index >= rows else index)
-    if tokenizer.pad_token_id == tokenizer.unk_token_id:
+    if tokenizer.pad_token_id == getattr(tokenizer, "unk_token_id", None):
         embedding: Any = model.get_input_embeddings()
         embedding.padding_idx = None  # it would keep a token of the data from being learnt
     mask_missing_tokens(model, ids)
