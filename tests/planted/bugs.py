@@ -252,9 +252,9 @@ PADDING = [
     bug(
         "no position ids under left padding",
         "trl#1003",
-        "models/trunk.py",
-        "position_ids=positions, ",
-        "",
+        "models/packing.py",
+        "(columns + attention_mask.long().argmax(dim=1)[:, None])",
+        "(columns + 0 * attention_mask.long().argmax(dim=1)[:, None])",
         "unit/models/test_packing.py::test_a_network_that_stays_padded_is_told_where_each_row_begins",
     ),
     bug(
@@ -276,11 +276,11 @@ PADDING = [
         layout("dpo", "micro-batches of one"),
     ),
     bug(
-        "padding on the left is attended to",  # left out, transformers would make the mask again from the positions
+        "padding on the left is attended to",
         "open-instruct#756",
-        "models/trunk.py",
-        "attention_mask=attention_mask.long(), ",
-        "attention_mask=attention_mask.long() | 1, ",
+        "models/attention.py",
+        "masked_fill(~attention_mask, 0).gather(1, columns)",
+        "masked_fill(~attention_mask, 0)",
         "unit/models/test_packing.py::test_a_network_that_stays_padded_is_told_where_each_row_begins",
     ),
     bug(
@@ -445,7 +445,7 @@ NORMALISERS = [
         "trl#3678",
         "models/policy.py",
         "before = states.hidden.index_select(0, states.at[:, :-1][wanted])",
-        "before = states.hidden[states.at[:, :-1]][wanted]; head_logits(network, states.hidden)",
+        "before = states.hidden[states.at[:, :-1]][wanted]; raw_logits(network, states.hidden)",
         "invariance/test_memory.py",
     ),
     bug(
