@@ -249,6 +249,12 @@ def padded_states(network: PreTrainedModel, input_ids: Tensor, attention_mask: T
     return output.last_hidden_state.flatten(0, 1), torch.empty_like(places).scatter_(1, columns, places)
 
 
+def unpacked_states(network: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`padded_states`, in a network that takes packed rows."""
+    network.set_attn_implementation(NAME)
+    return padded_states(network, input_ids, attention_mask)
+
+
 @torch.no_grad()
 def use_rows(network: PreTrainedModel) -> None:
     """Let a network take packed rows where that gives what each row gives alone; log a warning where it does not.
@@ -258,7 +264,7 @@ def use_rows(network: PreTrainedModel) -> None:
     Raises:
         UserError: If not even a padded row is what it is alone, as in an encoder, which reads a text from both ends.
     """
-    rules: Any = length_rules(network, packed_states, padded_states)
+    rules: Any = length_rules(network, packed_states, unpacked_states, padded_states)
     if rules.together == 0:
         raise UserError(
             f"{type(network).__name__} computes a token from what follows it, or from other rows; use a causal language model"

@@ -53,7 +53,7 @@ _KNOWN: dict[tuple[type, str], LengthRules] = {}
 
 
 @torch.no_grad()
-def length_rules(network: PreTrainedModel, packed: Run, padded: Run) -> LengthRules:
+def length_rules(network: PreTrainedModel, packed: Run, unpacked: Run, padded: Run) -> LengthRules:
     """The bounds of a network's architecture. Its weights are not read.
 
     An architecture that can't be built small is taken to follow each rule that its config mentions.
@@ -61,6 +61,7 @@ def length_rules(network: PreTrainedModel, packed: Run, padded: Run) -> LengthRu
     Args:
         network: A causal model with a head of any kind.
         packed: Gives hidden states of packed sequences.
+        unpacked: Gives hidden states of a padded batch, with the attention that packed sequences need.
         padded: Gives hidden states of a padded batch.
     """
     config = network.config.get_text_config()
@@ -71,7 +72,7 @@ def length_rules(network: PreTrainedModel, packed: Run, padded: Run) -> LengthRu
     key = (type(trunk), json.dumps(config.to_dict(), sort_keys=True, default=str))
     if key not in _KNOWN:
         with torch.device("cpu"):  # where the caller builds may be a GPU, or nowhere at all
-            _KNOWN[key] = _measured(type(trunk), config, fields, packed, padded)
+            _KNOWN[key] = _measured(type(trunk), config, fields, packed, unpacked, padded)
     return _KNOWN[key]
 
 
@@ -103,7 +104,12 @@ def _is_trunk(module: Any) -> bool:
 
 
 def _measured(
-    kind: type[PreTrainedModel], config: PretrainedConfig, fields: dict[Field, int], packed: Run, padded: Run
+    kind: type[PreTrainedModel],
+    config: PretrainedConfig,
+    fields: dict[Field, int],
+    packed: Run,
+    unpacked: Run,
+    padded: Run,
 ) -> LengthRules:
     """Shrink all fields at once; where something differs then, each alone, to see which of them is the bound."""
     plain = _kept(kind, config, [], packed, padded, min(fields.values(), default=max(ROWS)))
@@ -120,7 +126,9 @@ def _measured(
         bounds.append(bound if short else 0)
     if bounds[0]:  # or does the rule begin at so many tokens of all packed sequences together?
         short_rows = _kept(kind, config, list(fields), packed, padded, SHORT)
-        bounds[0] = bounds[0] if short_rows and short_rows[0] else 0
+        # Longer rows will be padded with the same attention: some models make their masks by its name.
+        long_rows = _kept(kind, config, list(fields), unpacked, padded)
+        bounds[0] = bounds[0] if short_rows and short_rows[0] and long_rows and long_rows[0] else 0
     return LengthRules(*bounds)
 
 

@@ -134,6 +134,26 @@ def test_a_bias_in_the_mask_that_begins_at_zero_is_not_lost(side):
     assert not knows_rows(model, 1)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_mask_that_depends_on_the_name_of_the_attention_is_made_for_its_own(side):
+    """DeepSeek-V3.2 adds its choice of tokens to the mask in one of two ways, by the implementation's name."""
+    sizes = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 6}
+    experts = {
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    }
+    model = build("deepseek_v32", {**sizes, **experts, "num_key_value_heads": 4, "index_topk": 6}, std=0.2)
+    ids, mask = batch(side)
+    expected, _ = alone(model, ids, mask)
+    use_rows(model)
+    with torch.no_grad():
+        states = hidden_states(model, ids, mask)
+    torch.testing.assert_close(states.hidden[states.at[mask]], expected, atol=2e-5, rtol=2e-5)
+
+
 def test_what_reads_a_text_from_both_ends_is_no_causal_model():
     model = build("bert-generation", {"is_decoder": False})
     with pytest.raises(UserError, match="computes a token from what follows it"):
@@ -213,7 +233,7 @@ def test_an_architecture_too_large_to_build_as_it_is_is_made_small(monkeypatch):
     assert small.config.sliding_window == module.SHORT
     monkeypatch.setattr(module, "_built", lambda *_: None)  # and where that fails, each rule is taken to hold
     run = lambda *_: pytest.fail("nothing to run")  # noqa: E731
-    assert module._measured(kind, config, fields, run, run) == LengthRules(packed=2048)
+    assert module._measured(kind, config, fields, run, run, run) == LengthRules(packed=2048)
 
 
 def test_the_callers_random_numbers_stay_what_they_were():
