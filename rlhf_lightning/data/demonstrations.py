@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_lightning.data.collate import SequenceCollator
 from rlhf_lightning.data.module import RowsDataModule
 from rlhf_lightning.data.sources import Source
-from rlhf_lightning.data.splits import Split
 from rlhf_lightning.data.tokenization import Tokenization, demonstrations
 
 
@@ -26,27 +25,22 @@ class DemonstrationDataModule(RowsDataModule):
         batch_size: int = 32,
         max_length: int = 1024,
         mask: Literal["completion", "assistant", "all"] = "completion",
-        format: str | None = None,
-        split: Split = Split(),  # noqa: B008  (frozen)
-        num_workers: int = 0,
-        seed: int = 0,
         bucket_batches: int = 8,
+        **shared: Any,
     ) -> None:
-        """Remember what to load.
+        """The keys of the rows, and those that all data modules have.
 
         Args:
             source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``.
             tokenizer: Folder or hub id; None for the one of the model in training, else the source's own.
             batch_size: Rows a batch on one rank.
-            max_length: Longest sequence in tokens; longer ones lose their end.
+            max_length: Longest sequence in tokens. Longer ones lose their end, and are counted in the log.
             mask: What is learnt: the completion, every assistant turn, or everything.
-            format: Name of the row format where it should not be detected.
-            split: What is held out.
-            num_workers: Processes that collate.
-            seed: Of the order of the rows.
             bucket_batches: So many optimizer steps' rows are sorted by length together: less padding, less randomness.
+            shared: The other keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``
+                and ``seed``, see :class:`.RowsDataModule`.
         """
-        super().__init__(source, tokenizer, batch_size, format, split, num_workers, seed, bucket_batches)
+        super().__init__(source, tokenizer, batch_size, bucket_batches=bucket_batches, **shared)
         self.max_length = max_length
         self.mask: Literal["completion", "assistant", "all"] = mask
 

@@ -11,6 +11,7 @@ from rlhf_lightning.errors import UserError
 log = logging.getLogger(__name__)
 
 LARGEST = 2**31 - 1
+MANY = 0.1  # a larger share of dropped rows is pointed out
 ADVICE = {"prompt": "raise max_prompt_length or set long_prompts to 'drop'"}
 TRUNCATE = "raise max_length, or set truncation to 'right' or 'drop'"
 
@@ -72,7 +73,10 @@ def apply(limit: Limit, rows: Dataset) -> Dataset:
         raise UserError(f"row {first + 1}: {limit.refusal(values[first], f' ({others} rows are longer)')}")
     if others == len(rows):
         raise UserError(f"no row is left of {others}: all are {limit.others}")
-    log.warning("left out %d of %d rows: %s", others, len(rows), limit.others)
+    share = (
+        f"; that is {others / len(rows):.0%}, and training sees the others only" if others > MANY * len(rows) else ""
+    )
+    log.warning("left out %d of %d rows: %s%s", others, len(rows), limit.others, share)
     return rows.select(np.flatnonzero(wanted))
 
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_lightning.data.tool_calls import parse_json, read_tool_calls
 from rlhf_lightning.errors import UserError
 
 Message = dict[str, Any]
@@ -11,16 +12,23 @@ Prompt = str | list[Message]
 
 ROLES = {
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
+    "chatbot": "assistant",
+    "chatgpt": "assistant",
     "model": "assistant",
     "observation": "tool",
+    "function": "tool",
     "tool_response": "tool",
     "function_response": "tool",
     "function_call": "assistant",
     "developer": "system",
 }
 KNOWN_ROLES = ("system", "user", "assistant", "tool")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # what the assistant thinks before it speaks
+TEXT_PARTS = ("text", "input_text", "output_text")
 
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -35,8 +43,13 @@ def is_conversation(value: object) -> bool:
     )
 
 
-def read_message(value: object, column: str) -> Message:
+def read_message(value: object, column: str, *, may_be_empty: bool = False) -> Message:
     """One message as ``{"role", "content"}`` and whatever else it carried (``tool_calls``, ``name``).
+
+    Args:
+        value: The message.
+        column: What errors call its column.
+        may_be_empty: Whether the assistant may say nothing at all, as a rejected response may.
 
     Raises:
         UserError: If it has no known role, or no content where the role needs some.
@@ -44,18 +57,43 @@ def read_message(value: object, column: str) -> Message:
     if not isinstance(value, dict):
         raise UserError(f"column '{column}' holds {value!r:.60} where a message {{role, content}} belongs")
     given = value.get("role") or value.get("from")
-    role = ROLES.get(str(given), given)
-    if role not in KNOWN_ROLES:
+    if given is None:
         raise UserError(
-            f"column '{column}' has a message with role {given!r}; known: {', '.join([*KNOWN_ROLES, *ROLES])}"
+            f"column '{column}' has a message without a role, with keys {', '.join(value)}; {key_advice(value)}"
         )
+    role = read_role(given)
+    if role is None:
+        raise UserError(
+            f"column '{column}' has a message with role {given!r}; known: {', '.join([*KNOWN_ROLES, *ROLES])}; "
+            f"others are named in data.columns: {{roles: {{{given}: user}}}}"
+        )
+    value = read_tool_calls(value)
     said = value.get("content")
     content = flatten_content(value.get("value") if said is None else said, column)
-    if not content.strip() and role != "tool" and not value.get("tool_calls"):
+    silent = (
+        role == "tool"
+        or (role == "assistant" and may_be_empty)
+        or any(value.get(key) for key in ("tool_calls", *REASONING))
+    )
+    if not content.strip() and not silent:
         raise UserError(f"column '{column}' has an empty {role} message")
     spelt = ("role", "from", "content", "value", "weight")
     extras = {k: v for k, v in value.items() if k not in spelt and v is not None}
     return {"role": role, "content": content, **extras}
+
+
+def read_role(name: object) -> str | None:
+    """The role of a speaker, whatever the case of its name; None where it is unknown."""
+    folded = str(name).strip().lower()
+    role = ROLES.get(folded, folded)
+    return role if role in KNOWN_ROLES else None
+
+
+def key_advice(message: Message) -> str:
+    """How to name the keys of a message that are spelt otherwise."""
+    texts = [key for key, value in message.items() if isinstance(value, str)]
+    role, content = sorted(texts, key=lambda key: len(message[key]))[:2] if len(texts) > 1 else ("...", "...")
+    return f"name them: data.columns: {{role: {role}, content: {content}}}"
 
 
 def flatten_content(content: object, column: str) -> str:
@@ -65,25 +103,44 @@ def flatten_content(content: object, column: str) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-    if all(isinstance(text, str) for text in texts):
+    texts = [text_of(part) for part in parts]
+    if None not in texts:
         return "".join(map(str, texts))
-    raise UserError(
-        f"column '{column}' has message content that is not text: {content!r:.60}; images are not supported"
-    )
+    other = parts[texts.index(None)]
+    media = isinstance(other, dict) and any(word in str(other.get("type")) for word in ("image", "audio", "video"))
+    reason = f"; {other['type']} parts are not supported" if isinstance(other, dict) and media else ""
+    raise UserError(f"column '{column}' has message content that is not text: {content!r:.60}{reason}")
 
 
-def read_messages(value: object, column: str) -> list[Message]:
-    """A list of messages in canonical spelling.
+def text_of(part: object) -> str | None:
+    """The text of a part of a message, under whichever key it stands; None where the part is something else."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict) or part.get("type", "text") not in TEXT_PARTS:
+        return None
+    return next((part[key] for key in ("text", "value", "content") if isinstance(part.get(key), str)), None)
+
+
+def read_messages(value: object, column: str, *, may_be_empty: bool = False) -> list[Message]:
+    """A list of messages in canonical spelling; ``may_be_empty`` as in :func:`read_message`.
 
     Raises:
         UserError: If the list is missing or empty, or a message is malformed.
     """
     if isinstance(value, dict):  # ShareGPT pairs hold one answer as a bare message
         value = [value]
+    if isinstance(value, str) and value.strip():
+        raise UserError(f"column '{column}' is text where messages belong: {not_messages(value)}")
     if not isinstance(value, list) or not value:
         raise UserError(f"column '{column}' is {'empty' if value in (None, [], '') else 'not a list of messages'}")
-    return [read_message(message, column) for message in value]
+    return [read_message(message, column, may_be_empty=may_be_empty) for message in value]
+
+
+def not_messages(text: str) -> str:
+    """Why a text is no list of messages."""
+    if text.lstrip().startswith(("[{'", "{'")):
+        return "it is Python's spelling of a list, not JSON; write it with json.dumps"
+    return "it is JSON, but no list of messages" if parse_json(text) is not None else f"not JSON, {text!r:.40}"
 
 
 def split_at_answer(messages: Sequence[Message], column: str) -> tuple[list[Message], list[Message]]:

@@ -18,7 +18,6 @@ from rlhf_lightning.data.limits import LARGEST, Limit
 from rlhf_lightning.data.module import RowsDataModule
 from rlhf_lightning.data.rows import Row, read_weight
 from rlhf_lightning.data.sources import Source
-from rlhf_lightning.data.splits import Split
 from rlhf_lightning.data.tokenization import IDS, Tokenization, tools_of
 
 
@@ -33,18 +32,22 @@ class RankingDataModule(RowsDataModule):
         tokenizer: str | None = None,
         batch_size: int = 8,
         max_length: int = 1024,
-        format: str | None = None,
-        split: Split = Split(),  # noqa: B008  (frozen)
-        num_workers: int = 0,
-        seed: int = 0,
         bucket_batches: int = 8,
+        **shared: Any,
     ) -> None:
-        """Remember what to load; arguments as in :class:`.demonstrations.DemonstrationDataModule`.
+        """The keys of the rows, and those that all data modules have.
 
-        ``batch_size`` counts prompts, with all their completions. Completions longer than ``max_length`` are left out of their
-        ranking, and rankings of which no order is left are dropped; both are counted aloud.
+        Args:
+            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``.
+            tokenizer: Folder or hub id; None for the one of the model in training, else the source's own.
+            batch_size: Prompts a batch on one rank, each with all its completions.
+            max_length: Longest prompt with a completion, in tokens. Longer completions are dropped from their ranking, and
+                rankings of which no order is left are dropped; both are counted in the log.
+            bucket_batches: So many optimizer steps' rows are sorted by length together: less padding, less randomness.
+            shared: The other keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``
+                and ``seed``, see :class:`.RowsDataModule`.
         """
-        super().__init__(source, tokenizer, batch_size, format, split, num_workers, seed, bucket_batches)
+        super().__init__(source, tokenizer, batch_size, bucket_batches=bucket_batches, **shared)
         self.max_length = max_length
 
     def tokenization(self) -> Callable[[], Tokenization]:

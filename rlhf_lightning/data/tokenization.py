@@ -13,6 +13,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data.annotations import read_probability
+from rlhf_lightning.data.bad_rows import BadRows, Places
 from rlhf_lightning.data.cache import cached_map
 from rlhf_lightning.data.chat import Piece, conversation_pieces
 from rlhf_lightning.data.encoding import Encoded as Encoded
@@ -26,8 +27,9 @@ from rlhf_lightning.data.limits import LARGEST, Limit, apply, longest
 from rlhf_lightning.data.literal import literal
 from rlhf_lightning.data.prompt_split import prompt_key as prompt_key
 from rlhf_lightning.data.prompt_split import split_by_prompt as split_by_prompt
-from rlhf_lightning.data.rows import WEIGHT, Row, read_weight
+from rlhf_lightning.data.rows import BAD, INDEX, ROW_PLACE, WEIGHT, Row, read_weight
 from rlhf_lightning.data.tokenizers import tokenizer_fingerprint
+from rlhf_lightning.data.tool_calls import with_objects
 from rlhf_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -96,29 +98,58 @@ class Tokenization:
             return limit.fate == "cut" and made[self.weight or "length"] > 0, f"{limit.done}: {limit.others}"
         return True, None
 
-    def tokenize(self, dataset: Dataset, cache_dir: CacheDir = None) -> Dataset:
+    def encode_each(self, rows: Sequence[Row], places: Sequence[str]) -> list[Row | UserError]:
+        """As :meth:`encode`, with what is wrong in place of a row that can't be encoded."""
+        try:
+            return list(self.encode(rows, places))
+        except UserError as error:
+            if len(rows) == 1:
+                return [error]
+            return [self.encode_each([row], [place])[0] for row, place in zip(rows, places, strict=True)]
+
+    def tokenize(
+        self, dataset: Dataset, cache_dir: CacheDir = None, bad: BadRows | None = None, places: Places | None = None
+    ) -> Dataset:
         """A whole dataset, cached, without the rows that the limits leave out.
+
+        Args:
+            dataset: Canonical rows.
+            cache_dir: Where results are kept.
+            bad: Takes the rows that can't be encoded; None if they are an error.
+            places: What errors call the rows, by the column :data:`.INDEX`.
 
         Raises:
             UserError: If a row can't be encoded or a limit refuses it, or none is left.
         """
-        own = set(dataset.column_names) if self.keeps else set()
+        ledger = bad if bad is not None else BadRows(rows=len(dataset))
+        own = set(dataset.column_names) - {INDEX} if self.keeps else set()
         for name in sorted(own & set(self.features)):
             log.warning(
                 "the column '%s' of the %s is replaced by that of their tokens; reward functions see this one",
                 name,
                 self.kind,
             )
-        features = Features({**(dataset.features if self.keeps else {}), **self.features})
+        features = Features(
+            {name: dataset.features[name] for name in dataset.column_names if name in own} | self.features
+        )
+        features |= {BAD: Value("string"), INDEX: Value("int64")}
 
         def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+            indices = batch.pop(INDEX, indices)
             rows = [{name: values[position] for name, values in batch.items()} for position in range(len(indices))]
-            made = self.encode(rows, [f"row {index + 1} of the {self.kind}" for index in indices])
-            new = {name: [row[name] for row in made] for name in self.features}
+            made = self.encode_each(rows, [ROW_PLACE] * len(rows))
+            faults = [str(row) if isinstance(row, UserError) else None for row in made]
+            new = {name: [None if isinstance(row, UserError) else row[name] for row in made] for name in self.features}
+            new |= {BAD: faults, INDEX: indices}
             return {name: new[name] if name in new else batch[name] for name in features}
 
         settings = {"kind": self.kind, "tokenizer": tokenizer_fingerprint(self.encoder.tokenizer), **self.settings}
         rows = cached_map(dataset, encode, features=features, settings=settings, cache_dir=cache_dir)
+        rows = ledger.take(rows, places or Places("", noun=self.kind)).remove_columns(INDEX)
+        if bad is None:
+            ledger.settle()
+        elif not len(rows):
+            raise ledger.error()
         for limit in self.limits:
             rows = apply(limit, rows)
         return rows.remove_columns(FULL_LENGTH) if FULL_LENGTH in self.features else rows
@@ -336,6 +367,8 @@ def tools_of(row: Row) -> Tools:
             tools = json.loads(tools) or None
         except (ValueError, RecursionError) as error:
             raise UserError(f"column 'tools' is not JSON: {error}") from error
+    if isinstance(tools, list):
+        tools = [with_objects(tool, "parameters") for tool in tools]
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise UserError(f"column 'tools' holds {tools!r:.60} where a list of JSON schemas belongs")
     return tools
