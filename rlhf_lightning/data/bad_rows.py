@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from datasets import Dataset
@@ -85,7 +85,7 @@ class BadRows:
     policy: Policy = "error"
     rows: int = 0
     count: int = 0
-    first: list[tuple[Any, str]] = field(default_factory=list)
+    first: list[tuple[tuple[str, int], str]] = field(default_factory=list)
     reasons: dict[str, tuple[int, str]] = field(default_factory=dict)
     places: dict[str, Places] = field(default_factory=dict)
 
@@ -93,8 +93,8 @@ class BadRows:
         """Count one; ``fault`` is as :meth:`Places.complete` takes it."""
         self.note(places.complete(fault, index), (places.origin, index), fault)
 
-    def note(self, text: str, order: Any, reason: str) -> None:
-        """Count one whose place is written out already."""
+    def note(self, text: str, order: tuple[str, int], reason: str) -> None:
+        """Count one whose place is written out already; they are listed in the order of their source and index."""
         self.count += 1
         bisect.insort(self.first, (order, text))
         del self.first[SHOWN:]
@@ -142,5 +142,6 @@ class BadRows:
         shown = "" if self.count == len(lines) else f"; the first {len(lines)}"
         advice = "correct them" if share else "correct them, or set data.bad_rows to drop"
         return UserError(
-            f"{self.count} of {self.rows} rows are bad{share}; {advice}{shown}:", *(f"  {line}" for line in lines)
+            f"{self.first[0][0][0]}: {self.count} of {self.rows} rows are bad{share}; {advice}{shown}:",
+            *(f"  {line}" for line in lines),
         )

@@ -35,7 +35,7 @@ from rlhf_lightning.data.rows import (
     UnusedColumnError,
 )
 from rlhf_lightning.data.sources import Kind
-from rlhf_lightning.data.suggestions import suggestions, unknown_format
+from rlhf_lightning.data.suggestions import is_mapping, suggestions, unknown_format
 from rlhf_lightning.data.tables import HELD_BYTES, RowWriter, collected
 from rlhf_lightning.data.unused import Watch, lost_column
 from rlhf_lightning.data.views import VIEWS
@@ -170,7 +170,7 @@ def detect_format(
     if serving:
         return serving[0]
     row = {name: row.get(name) for name in columns}  # of the columns that are there, whatever else the row holds
-    mapped = kind is not None and any(not one.missing for one in suggestions(FORMATS, row, kind))
+    mapped = kind is not None and any(map(is_mapping, suggestions(FORMATS, row, kind)))
     if fitting and not mapped:
         return fitting[0]  # its reader says what the rows lack
     raise unknown_format(FORMATS, row, kind or "demonstrations", given)

@@ -8,12 +8,12 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.data.bad_rows import BadRows, places_of
+from rlhf_lightning.data.bad_rows import BadRows, Policy, places_of
 from rlhf_lightning.data.chat import ensure_chat_template
 from rlhf_lightning.data.columns import Columns, parse_columns
 from rlhf_lightning.data.formats import to_canonical
 from rlhf_lightning.data.prompt_split import key_columns, row_key
-from rlhf_lightning.data.rows import LEVEL, TEXT_COLUMNS
+from rlhf_lightning.data.rows import INDEX, LEVEL, TEXT_COLUMNS
 from rlhf_lightning.data.sources import Kind, Source, as_source, marking_bad_rows
 from rlhf_lightning.data.tokenization import split_by_prompt
 from rlhf_lightning.data.tokenizers import load_tokenizer, repair_pad_token
@@ -88,6 +88,28 @@ def load_splits(
         rows["train"] = drawn(rows["train"], split.limit, split.seed)
     log.info("%s: %s", kind, ", ".join(f"{len(part)} {name}" for name, part in rows.items()))
     return rows
+
+
+def load_part(
+    source: Source | str,
+    kind: Kind,
+    part: str,
+    split: Split,
+    format: str | None = None,
+    columns: Columns | None = None,
+    bad_rows: Policy = "error",
+) -> Dataset:
+    """One part of the rows in canonical form, for what is no data module; arguments as in :class:`.RowsDataModule`.
+
+    Raises:
+        UserError: If the source has no such part, or its rows are bad.
+    """
+    bad = BadRows(bad_rows)
+    parts = load_splits(source, kind, format, split, columns, bad)
+    bad.settle()
+    if part not in parts:
+        raise UserError(f"{source} has no part '{part}'; it has {', '.join(parts)}")
+    return parts[part].remove_columns(INDEX)
 
 
 def level_of(rows: Dataset) -> int:

@@ -156,7 +156,7 @@ def take_bad(bad: BadRows, chunk: Chunk) -> None:
     bad.rows += chunk.read
     number, text = chunk.bad
     if number:
-        bad.note(text, bad.count, text)
+        bad.note(text, ("the stream", bad.count), text)
         bad.count += number - 1
     if bad.rows >= ENOUGH_ROWS and bad.count > LARGEST_SHARE * bad.rows:
         raise bad.error()

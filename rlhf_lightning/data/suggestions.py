@@ -119,7 +119,7 @@ def text_prompt(places: dict[str, str], row: Row) -> bool:
 
 def other_names(column: str, row: Row) -> Iterator[str]:
     """Columns of the row with another name of a format's column, the likeliest first."""
-    folded = {"_".join(words(name)): name for name in row}
+    folded = {re.sub(r"[^a-z0-9]+", "_", name.strip().lower()): name for name in row}
     for other in (column, *OTHER_NAMES.get(column, ())):
         if other in folded:
             yield folded[other]
@@ -136,8 +136,9 @@ def words_of_other_names(column: str, row: Row) -> Iterator[str]:
 
 
 def words(name: str) -> list[str]:
-    """The words of a column's name: "Best Answer" and "best_answer1" are "best" and "answer"."""
-    return re.findall(r"[a-z]+", name.lower())
+    """The words of a column's name: "Best Answer" and "best_answer1" are "best" and "answer". A sentence is no name."""
+    found = re.findall(r"[a-z]+", name.lower())
+    return found if len(found) <= 4 else []
 
 
 def holds(column: str, value: Any) -> bool:
@@ -156,6 +157,11 @@ def distance(one: Suggestion) -> tuple[int, ...]:
     return len(one.missing), int(special), -one.matched, len(one.names), -len(one.used)
 
 
+def is_mapping(one: Suggestion) -> bool:
+    """Whether columns can be renamed so that the format reads them."""
+    return bool(one.names) and not one.missing and one.format.marks.__name__ == "anything"
+
+
 def suggestions(formats: Sequence["Format"], row: Row, kind: Kind) -> list[Suggestion]:
     """The formats that serve a kind, the nearest to a row first."""
     found = [assign(known, row) for known in formats if kind in known.serves]
@@ -169,11 +175,9 @@ def unknown_format(formats: Sequence["Format"], row: Row, kind: Kind, given: Col
     columns = [name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in map(str, row)]
     more = f" and {len(columns) - SHOWN_COLUMNS} more" if len(columns) > SHOWN_COLUMNS else ""
     mapping = complete_mapping(found, row, kind)
-    advice = (
-        f"to read them: data.columns: {as_yaml(given.extended(mapping))}"
-        if mapping
-        else "no column of the file looks like those"
-    )
+    advice = f"no column of the file looks like {', '.join(found[0].missing) or 'those'}"
+    if mapping:
+        advice = f"to read them: data.columns: {as_yaml(given.extended(mapping))}"
     return UserError(
         f"unknown format: found columns {', '.join(columns[:SHOWN_COLUMNS]) or '(none)'}{more}",
         f"the nearest formats for {kind}: {nearest}",
@@ -183,7 +187,7 @@ def unknown_format(formats: Sequence["Format"], row: Row, kind: Kind, given: Col
 
 def complete_mapping(found: list[Suggestion], row: Row, kind: Kind) -> dict[str, Any] | None:
     """The mapping of the nearest format that is complete, else a guess by the order of the columns."""
-    whole = next((one for one in found if not one.missing), None)
+    whole = next(filter(is_mapping, found), None)
     if whole is not None:
         return {**whole.names, **spelling(row, whole)}
     conversation = next((name for name, value in row.items() if is_message_list(decode_cell("messages", value))), None)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_lightning.data.columns import ColumnMap, as_yaml
 from rlhf_lightning.data.rows import Row
 from rlhf_lightning.data.sources import Kind
-from rlhf_lightning.data.suggestions import suggestions
+from rlhf_lightning.data.suggestions import is_mapping, suggestions
 from rlhf_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def lost_column(
         return UserError(
             f"column '{name}' holds media, which no format reads; {leave_out} uses the text alone, without it"
         )
-    whole = (one for one in suggestions(formats, row, kind) if not one.missing and name in one.used and one.names)
+    whole = (one for one in suggestions(formats, row, kind) if is_mapping(one) and name in one.used)
     best = next(whole, None)
     mapping = (
         f"data.columns: {as_yaml(given.extended(best.names))} reads it (format {best.format.name})" if best else ""

@@ -95,6 +95,7 @@ def test_each_row_says_where_it_came_from(run, policy):
             "method": "BestOfN",
             "n": N,
             "seed": 0,
+            "split_level": 1,
         }
     assert len({a["text"] for candidate in candidates for a in candidate["samples"]}) > 2 * PROMPTS  # they are drawn
 
