@@ -27,6 +27,9 @@ ROLES = {
     "developer": "system",
 }
 KNOWN_ROLES = ("system", "user", "assistant", "tool")
+# Other names of the keys of a message.
+SPEAKER_KEYS = ("speaker", "author", "sender", "who", "name", "participant", "agent")
+SPOKEN_KEYS = ("text", "message", "utterance", "said", "body", "msg")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # what the assistant thinks before it speaks
 TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -91,9 +94,18 @@ def read_role(name: object) -> str | None:
 
 def key_advice(message: Message) -> str:
     """How to name the keys of a message that are spelt otherwise."""
-    texts = [key for key, value in message.items() if isinstance(value, str)]
-    role, content = sorted(texts, key=lambda key: len(message[key]))[:2] if len(texts) > 1 else ("...", "...")
-    return f"name them: data.columns: {{role: {role}, content: {content}}}"
+    role, content = likely_keys([message])
+    return f"name them: data.columns: {{role: {role or '...'}, content: {content or '...'}}}"
+
+
+def likely_keys(messages: Sequence[Message]) -> tuple[str | None, str | None]:
+    """The keys under which messages most likely have their role and their content."""
+    texts = [key for key in messages[0] if all(isinstance(message.get(key), str) for message in messages)]
+    usual = [key for key in ("role", "from", *SPEAKER_KEYS) if key in texts]
+    spoken = [key for key in ("content", "value", *SPOKEN_KEYS) if key in texts]
+    readable = [key for key in texts if all(read_role(message[key]) for message in messages)]
+    role = next((key for key in (*usual, *readable, *texts) if key not in spoken), None)
+    return role, next((key for key in (*spoken, *texts[::-1]) if key != role), None)
 
 
 def flatten_content(content: object, column: str) -> str:

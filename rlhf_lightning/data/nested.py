@@ -38,6 +38,9 @@ def decode_cell(name: str, value: Any) -> Any:
         meant = isinstance(parsed, dict) and OBJECTS[name] in parsed
     else:
         meant = name in TEXT_OR_MESSAGES and is_conversation(parsed if isinstance(parsed, list) else [parsed])
+        meant = meant and all(
+            isinstance(part, dict) and len(part) > 1 for part in ([parsed] if isinstance(parsed, dict) else parsed)
+        )
     return parsed if meant else value
 
 

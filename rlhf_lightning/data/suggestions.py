@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.data.columns import ColumnMap, as_yaml
-from rlhf_lightning.data.messages import read_role
+from rlhf_lightning.data.messages import likely_keys, read_role
 from rlhf_lightning.data.nested import NESTED, decode_cell
 from rlhf_lightning.data.rows import Row
 from rlhf_lightning.data.sources import Kind
@@ -231,19 +231,13 @@ def is_message_list(value: Any) -> bool:
 
 def message_keys(messages: list[dict[str, Any]]) -> dict[str, Any]:
     """The keys and role names of messages, where they are not the usual ones."""
-    first = messages[0]
-    texts = [key for key in first if all(isinstance(message.get(key), str) for message in messages)]
-    role = next((key for key in ("role", "from") if key in first), None)
-    content = next((key for key in ("content", "value") if key in first), None)
-    rest = [
-        key for key in sorted(texts, key=lambda key: sum(len(m[key]) for m in messages)) if key not in (role, content)
-    ]
+    role, content = likely_keys(messages)
     keys: dict[str, Any] = {}
-    if role is None and rest:
-        role = keys["role"] = rest.pop(0)
-    if content is None and rest:
-        content = keys["content"] = rest.pop()
-    speakers = dict.fromkeys(message[role] for message in messages) if role in texts else {}
+    if role not in ("role", "from", None):
+        keys["role"] = role
+    if content not in ("content", "value", None):
+        keys["content"] = content
+    speakers = dict.fromkeys(message[role] for message in messages) if role is not None else {}
     unknown = [name for name in speakers if read_role(name) is None]
     if unknown:
         known = {read_role(name) for name in speakers}

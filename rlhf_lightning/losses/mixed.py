@@ -61,8 +61,8 @@ class MixedLoss(PairLoss):
 class WPOLoss(PairLoss):
     """Another loss, of which each pair counts as much as its responses look like the policy's own.
 
-    The weight is :func:`rlhf_lightning.functional.pair_tokens.on_policy_weights` of chosen times rejected; without gradient, and divided by
-    the number of pairs, not by the weights.
+    The weight is :func:`rlhf_lightning.functional.pair_tokens.on_policy_weights` of chosen times rejected. It has no gradient,
+    and the loss is divided by the number of pairs, not by the weights.
 
     Attributes:
         loss: The loss that is weighed.
