@@ -96,7 +96,7 @@ class HubSource(Source):
         """Remember what to fetch.
 
         Args:
-            name: "owner/name".
+            name: Its name on the hub, "owner/name".
             config: Which of its configurations, where it has several.
             train_split: Name of the split to train on; slices such as "train[:1000]" work.
             validation_split: Name of the split to validate on.
@@ -137,7 +137,11 @@ class DatasetSource(Source):
     """Rows that are in memory already."""
 
     def __init__(self, dataset: Dataset | DatasetDict) -> None:
-        """Keep a ``Dataset`` (training rows) or a ``DatasetDict`` with "train"."""
+        """Keep the rows.
+
+        Args:
+            dataset: A ``Dataset`` of training rows, or a ``DatasetDict`` with "train".
+        """
         self.dataset = dataset
 
     def __str__(self) -> str:
