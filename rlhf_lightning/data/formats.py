@@ -21,7 +21,7 @@ from rlhf_lightning.data.bad_rows import BadRows, Places, places_of
 from rlhf_lightning.data.cache import cached_rows, dataset_hash
 from rlhf_lightning.data.columns import AS_THEY_ARE, ColumnMap
 from rlhf_lightning.data.messages import is_hh
-from rlhf_lightning.data.nested import decode_cell, has_struct, padded_columns, without_padding
+from rlhf_lightning.data.nested import decode_cell, padded_columns, without_padding
 from rlhf_lightning.data.rows import (
     BAD,
     INDEX,
@@ -229,7 +229,7 @@ def to_canonical(
         *padded,
         *(name for name in converter.watch(tuple(dataset.column_names)).columns if name not in padded),
     ]
-    structs = [name for name in read if has_struct(dataset.features[name])]
+    structs = padded_columns(dataset, read)
 
     def fill(writer: RowWriter) -> None:
         beside = dataset.select_columns(others).with_format("arrow").iter(BATCH)

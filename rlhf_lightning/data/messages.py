@@ -70,23 +70,26 @@ def read_message(value: object, column: str, *, may_be_empty: bool = False) -> M
             f"column '{column}' has a message with role {given!r}; known: {', '.join([*KNOWN_ROLES, *ROLES])}; "
             f"others are named in data.columns: {{roles: {{{given}: user}}}}"
         )
-    value = read_tool_calls(value)
+    if "tool_calls" in value or "function_call" in value:
+        value = read_tool_calls(value)
     said = value.get("content")
     content = flatten_content(value.get("value") if said is None else said, column)
-    silent = (
-        role == "tool"
-        or (role == "assistant" and may_be_empty)
-        or any(value.get(key) for key in ("tool_calls", *REASONING))
-    )
-    if not content.strip() and not silent:
+    if not content.strip() and role != "tool" and not (role == "assistant" and (may_be_empty or says_otherwise(value))):
         raise UserError(f"column '{column}' has an empty {role} message")
     spelt = ("role", "from", "content", "value", "weight")
     extras = {k: v for k, v in value.items() if k not in spelt and v is not None}
     return {"role": role, "content": content, **extras}
 
 
+def says_otherwise(message: Message) -> bool:
+    """Whether a message without content says something all the same."""
+    return any(message.get(key) for key in ("tool_calls", *REASONING))
+
+
 def read_role(name: object) -> str | None:
     """The role of a speaker, whatever the case of its name; None where it is unknown."""
+    if isinstance(name, str) and name in KNOWN_ROLES:
+        return name
     folded = str(name).strip().lower()
     role = ROLES.get(folded, folded)
     return role if role in KNOWN_ROLES else None

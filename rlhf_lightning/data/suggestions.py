@@ -94,12 +94,14 @@ class Suggestion:
 def assign(known: "Format", row: Row) -> Suggestion:
     """Look for the columns of a format among those of a row: first under their names, then under others."""
     found = Suggestion(known)
-    wanted = (*known.columns, *known.optional)
-    places = {column: column for column in wanted if column in row}
-    for names_of in (other_names, words_of_own_name, words_of_other_names):
-        for column in wanted:
-            taken = (*wanted, *places.values())
-            if column not in places and not (column == "system" and text_prompt(places, row)):
+    places: dict[str, str] = {}
+    for wanted in (known.columns, known.optional):  # what it needs has the first choice
+        places |= {column: column for column in wanted if column in row and column not in places.values()}
+        for names_of in (other_names, words_of_own_name, words_of_other_names):
+            for column in wanted:
+                if column in places or (column == "system" and text_prompt(places, row)):
+                    continue
+                taken = (*known.columns, *places.values())
                 names = (name for name in names_of(column, row) if name not in taken and holds(column, row[name]))
                 if (name := next(names, None)) is not None:
                     places[column] = name

@@ -49,6 +49,11 @@ TABLES = [
         {"instruction": "a", "context": "c", "response": "b", "category": "qa"},
         {"prompt": [user("a\nc")], "completion": A},
     ),
+    (
+        "demonstrations",  # OpenOrca
+        {"id": "x", "system_prompt": "s", "question": "a", "response": "b"},
+        {"prompt": [{"role": "system", "content": "s"}, *Q], "completion": A},
+    ),
     ("demonstrations", {"conversation": [*Q, *A]}, {"messages": [*Q, *A]}),
     (
         "demonstrations",
@@ -232,6 +237,7 @@ def test_numbers_of_a_mapped_csv_column_stay_text(tmp_path):
 
 
 LOST = [
+    ("preferences", {"system": "kept words", "input": "a", "chosen": "a b", "rejected": "a c"}, "(system|input)"),
     (
         "preferences",
         {"system": "kept words", "question": "kept words", "chosen": "a b", "rejected": "a c"},
