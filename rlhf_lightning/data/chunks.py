@@ -28,10 +28,10 @@ class Place(NamedTuple):
     """A row's file, and its index in that file."""
 
     file: Path
-    index: int
+    row: int
 
     def __str__(self) -> str:
-        return f"{self.file}, row {self.index + 1}"
+        return f"{self.file}, row {self.row + 1}"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def make_reading(
             if converter is not None and converter.try_row(row, ROW_PLACE):
                 return replace(unlike, format=converter.format.name, shape=converter.shape, columns=columns)
         except BadRowError as error:  # reading lists it among the others
-            fault = fault or place_of(place).complete(str(error), place.index)
+            fault = fault or place_of(place).complete(str(error), place.row)
     if fault is not None:
         raise UserError(fault)
     reasons = converter.reasons() if converter is not None else "there is none"
@@ -209,7 +209,7 @@ class ChunkEncoder:
             try:
                 made_of_row = self.converter.try_row(row, ROW_PLACE)
             except BadRowError as error:
-                bad.add(str(error), place.index, place_of(place))
+                bad.add(str(error), place.row, place_of(place))
                 continue
             except UserError as error:
                 raise UserError(f"{place}: {error}") from error
@@ -222,7 +222,7 @@ class ChunkEncoder:
         encoded = self.tokenization.encode_each(rows, [ROW_PLACE] * len(rows))
         for number, place, row, made in zip(numbers, places, rows, encoded, strict=True):
             if isinstance(made, UserError):
-                bad.add(str(made), place.index, place_of(place))
+                bad.add(str(made), place.row, place_of(place))
                 continue
             keep, remark = self.tokenization.remark(made, str(place))
             remarks.update([remark] if remark else [])

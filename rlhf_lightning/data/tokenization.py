@@ -139,7 +139,9 @@ class Tokenization:
             rows = [{name: values[position] for name, values in batch.items()} for position in range(len(indices))]
             made = self.encode_each(rows, [ROW_PLACE] * len(rows))
             faults = [str(row) if isinstance(row, UserError) else None for row in made]
-            new = {name: [None if isinstance(row, UserError) else row[name] for row in made] for name in self.features}
+            new: dict[str, list[Any]] = {
+                name: [None if isinstance(row, UserError) else row[name] for row in made] for name in self.features
+            }
             new |= {BAD: faults, INDEX: indices}
             return {name: new[name] if name in new else batch[name] for name in features}
 
