@@ -30,7 +30,8 @@ class PreferenceBatch(NamedTuple):
     Attributes:
         input_ids: Prompt and response, right-padded. Shape (2 * pairs, length), int64.
         attention_mask: True on real tokens. Shape (2 * pairs, length), bool.
-        response_mask: True on response tokens, EOS included. Shape (2 * pairs, length), bool.
+        response_mask: True on what the assistant says in the responses, EOS included; False on turns of others within them.
+            Shape (2 * pairs, length), bool.
         margin: How much better the chosen response was judged, 0 where unknown. Shape (pairs,), float32.
         normalizer: Mean number of pairs that a micro-batch of this optimizer step holds, over every rank. Scalar.
         reference_logps: Log-probability of each response under the reference, where it is known already.
@@ -80,7 +81,8 @@ class UnpairedBatch(NamedTuple):
     Attributes:
         input_ids: Prompt and response, right-padded. Shape (2 * rows, length), int64.
         attention_mask: True on real tokens. Shape (2 * rows, length), bool.
-        response_mask: True on response tokens, EOS included. Shape (2 * rows, length), bool.
+        response_mask: True on what the assistant says in the responses, EOS included; False on turns of others within them.
+            Shape (2 * rows, length), bool.
         label: True where the response was liked. Shape (rows,), bool.
         normalizer: Mean number of rows that a micro-batch of this optimizer step holds, over every rank. Scalar.
     """

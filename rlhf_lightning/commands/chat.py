@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TextIteratorStreamer
 
 from rlhf_lightning.callbacks.samples import plain
 from rlhf_lightning.data.encoding import encode_prompt
+from rlhf_lightning.data.template_inputs import set_default_variables
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.transformers_engine import generation_settings
@@ -33,6 +34,7 @@ def chat(
     max_new_tokens: int = 256,
     system: str | None = None,
     seed: int | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> None:
     """Talk to an exported model in the terminal, or to two of them side by side.
 
@@ -43,12 +45,14 @@ def chat(
         max_new_tokens: Longest answer.
         system: What is said before the conversation begins.
         seed: For the same answers again; None draws anew.
+        chat_template_kwargs: Variables of the chat template, such as ``{enable_thinking: false}``; None for those that the
+            model was trained with, which its tokenizer remembers.
     """
     if seed is not None:
         torch.manual_seed(seed)
     console = Console()
     sampling = SamplingParameters(max_new_tokens, temperature)
-    speakers = [Speaker(path, sampling, system) for path in (model, against) if path is not None]
+    speakers = [Speaker(path, sampling, system, chat_template_kwargs) for path in (model, against) if path is not None]
     console.print(HELP, style="dim")
     for said in user_lines(console):
         if said == "/new":
@@ -93,9 +97,12 @@ def show_answers(console: Console, speakers: list["Speaker"], said: str) -> None
 class Speaker:
     """One model and its side of the conversation."""
 
-    def __init__(self, path: str, sampling: SamplingParameters, system: str | None) -> None:
+    def __init__(
+        self, path: str, sampling: SamplingParameters, system: str | None, variables: dict[str, Any] | None = None
+    ) -> None:
         self.path, self.sampling, self.system = path, sampling, system
         self.tokenizer = ready_tokenizer(path)
+        set_default_variables(self.tokenizer, variables)
         self.network: PreTrainedModel = load_causal_lm(ModelSpec(path=path), self.tokenizer).eval()
         self.forget()
 

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from rlhf_lightning.commands.imports import check_imports
 from rlhf_lightning.data.splits import find_tokenizer
+from rlhf_lightning.data.template_inputs import set_default_variables
 
 
 def restored_module(config: Path, checkpoint: dict[str, Any]) -> Any:
@@ -30,6 +31,7 @@ def restored_module(config: Path, checkpoint: dict[str, Any]) -> Any:
     init = parser.instantiate_classes(parsed)
     module: Any = init.model
     module.tokenizer = find_tokenizer(init.data.tokenizer_path or module.model_path, init.data.source, None)
+    set_default_variables(module.tokenizer, init.data.chat_template_kwargs)
     module.configure_model()
     module.load_state_dict(checkpoint["state_dict"])
     return module

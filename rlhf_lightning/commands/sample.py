@@ -14,6 +14,7 @@ from rich.table import Table
 from rlhf_lightning.data.cache import dataset_hash
 from rlhf_lightning.data.rows import LEVEL
 from rlhf_lightning.data.splits import level_of
+from rlhf_lightning.data.template_inputs import TEMPLATE_COLUMNS, set_default_variables
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.best_of_n import best_of_n_table
 from rlhf_lightning.evaluation.candidates import SEED_STEP, CandidateFile, PromptRows, Scorer, described
@@ -71,6 +72,7 @@ def sample(
     if (there := len(file.read())) < len(rows):
         rewards = {"score": reward} if gold is None else {"score": reward, "gold": gold}
         scorer = Scorer(policy, sampling, rewards, device)
+        set_default_variables(scorer.tokenizer, prompts.chat_template_kwargs)
         drawn = file.fill(rows, scorer, n, batch, seed)
         for _ in track(drawn, f"{n} answers to each of {len(rows)} prompts", -(-len(rows) // batch), console=console):
             pass
@@ -121,6 +123,7 @@ def select(
         generator = torch.Generator().manual_seed(provenance["seed"] * SEED_STEP + index)
         chosen = method.select(scores, [answer["text"] for answer in samples], generator)
         order, prompt = ranked(scores), candidate["prompt"]
+        inputs = {name: candidate[name] for name in TEMPLATE_COLUMNS if name in candidate}
         for number, weight in chosen.items():
             answer = samples[number]
             said = answer["text"] if isinstance(prompt, str) else [{"role": "assistant", "content": answer["text"]}]
@@ -129,6 +132,7 @@ def select(
                     "prompt": prompt,
                     "completion": said,
                     "completion_truncated": answer["truncated"],
+                    **inputs,
                     "weight": weight,
                     "score": answer["score"],
                     "rank": order.index(number) + 1,

@@ -20,6 +20,7 @@ from rlhf_lightning.errors import UserError
 log = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "RLHF_LIGHTNING_CACHE"
+ROW_COUNT = "row_count"  # a file beside the rows with their number
 # Starting processes costs more than tokenizing fewer rows than this.
 ROWS_PER_PROCESS = 20_000
 
@@ -85,7 +86,8 @@ def cached_map(
 
     Args:
         dataset: Rows.
-        function: From a batch of columns and its row numbers to the new columns; nothing else of the row is kept.
+        function: From a batch of columns and the indices of its rows to the new columns, of more rows or fewer; nothing else
+            of the row is kept.
         features: Types of the new columns.
         settings: What the result depends on beside rows and code; plain data.
         cache_dir: See :func:`cache_folder`.
@@ -94,7 +96,7 @@ def cached_map(
         UserError: If the cache folder can't be written.
     """
     target = place_of({"rows": dataset_hash(dataset), "settings": settings, "features": repr(features)}, cache_dir)
-    cached = read_cached(target, len(dataset), features)
+    cached = read_cached(target, features)
     if cached is not None:
         return cached
     with working_beside(target) as work:
@@ -111,6 +113,7 @@ def cached_map(
             desc="tokenizing",
         )
         mapped.save_to_disk(work / "dataset")
+        (work / "dataset" / ROW_COUNT).write_text(str(len(mapped)))
         publish(work / "dataset", target)
     return load_from_disk(target)
 
@@ -157,12 +160,12 @@ def read_mapped(target: Path) -> Dataset | None:
     return None
 
 
-def read_cached(target: Path, rows: int, features: Features) -> Dataset | None:
+def read_cached(target: Path, features: Features) -> Dataset | None:
     """The result of an earlier call; None where there is none, or it can't be read (it is then removed)."""
     if not target.exists():
         return None
     try:
-        cached = load_from_disk(target)
+        cached, rows = load_from_disk(target), int((target / ROW_COUNT).read_text())
         if len(cached) == rows and set(cached.column_names) == set(features):
             return cached
         reason = f"{len(cached)} rows where {rows} belong"

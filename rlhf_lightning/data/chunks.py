@@ -17,7 +17,7 @@ from rlhf_lightning.data.formats import BESIDE, READ, TEMPLATE, Converter, detec
 from rlhf_lightning.data.rows import BAD, ROW_PLACE, BadRowError, Row
 from rlhf_lightning.data.sources import Kind
 from rlhf_lightning.data.streams import stream_rows
-from rlhf_lightning.data.tokenization import FULL_LENGTH, Tokenization
+from rlhf_lightning.data.tokenization import COUNTED, Tokenization
 from rlhf_lightning.errors import UserError
 
 CHUNK_ROWS = 256
@@ -219,8 +219,8 @@ class ChunkEncoder:
                 places.append(place)
         kept = []
         remarks = Counter({f"left out: {reason}": count for reason, count in self.converter.dropped.items()})
-        encoded = self.tokenization.encode_each(rows, [ROW_PLACE] * len(rows))
-        for number, place, row, made in zip(numbers, places, rows, encoded, strict=True):
+        for source, made in self.tokenization.try_each(rows, [ROW_PLACE] * len(rows)):
+            number, place, row = numbers[source], places[source], rows[source]
             if isinstance(made, UserError):
                 bad.add(str(made), place.row, place_of(place))
                 continue
@@ -237,7 +237,7 @@ class ChunkEncoder:
         return {
             name: np.array(value, dtype=self.types[name]) if name in self.types else value
             for name, value in made.items()
-            if name != FULL_LENGTH
+            if name not in COUNTED
         }
 
     def others(self, row: Row, place: Place) -> Row:

@@ -43,7 +43,9 @@ class SequenceCollator:
 
 @dataclass(frozen=True)
 class PreferenceCollator:
-    """Pairs: ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and ``margin`` of each row."""
+    """Pairs: ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and ``margin`` of each row; where there are any,
+    ``chosen_skips`` and ``rejected_skips``, see :class:`.encoding.Response`.
+    """
 
     pad_id: int
 
@@ -56,7 +58,11 @@ class PreferenceCollator:
         return PreferenceBatch(
             input_ids=ids,
             attention_mask=attention,
-            response_mask=attention & (torch.arange(ids.shape[1]) >= starts),
+            response_mask=without_skips(
+                attention & (torch.arange(ids.shape[1]) >= starts),
+                starts,
+                columns.get("chosen_skips", []) + columns.get("rejected_skips", []),
+            ),
             margin=torch.tensor(columns["margin"], dtype=torch.float32),
             normalizer=torch.tensor(normalizer, dtype=torch.float32),
             reference_logps=self._reference(columns),
@@ -75,7 +81,8 @@ class PreferenceCollator:
 
 @dataclass(frozen=True)
 class UnpairedCollator:
-    """Single responses: ``prompt_ids``, ``completion_ids`` and ``label`` of each row, and every prompt with another's response.
+    """Single responses: ``prompt_ids``, ``completion_ids`` and ``label`` of each row, and every prompt with another's response;
+    where there are any, ``completion_skips``, see :class:`.encoding.Response`.
 
     Attributes:
         pad_id: What fills short rows.
@@ -91,10 +98,13 @@ class UnpairedCollator:
         others = [y[: self.max_length - len(x)] for x, y in zip(prompts, own[-1:] + own[:-1], strict=True)]
         ids, attention = pad_right([p + r for p, r in zip(prompts * 2, own + others, strict=True)], self.pad_id)
         starts = torch.tensor([len(p) for p in prompts * 2])[:, None]
+        skips = columns.get("completion_skips", [])
         return UnpairedBatch(
             input_ids=ids,
             attention_mask=attention,
-            response_mask=attention & (torch.arange(ids.shape[1]) >= starts),
+            response_mask=without_skips(
+                attention & (torch.arange(ids.shape[1]) >= starts), starts, skips + skips[-1:] + skips[:-1]
+            ),
             label=torch.tensor(columns["label"], dtype=torch.bool),
             normalizer=torch.tensor(normalizer, dtype=torch.float32),
         )
@@ -134,6 +144,21 @@ class PromptCollator:
         flipped, attention = pad_right([row[::-1] for row in columns["prompt_ids"]], self.pad_id)
         others = {k: v for k, v in columns.items() if k not in ("prompt_ids", "prompt")}
         return PromptBatch(flipped.flip(1), attention.flip(1), columns["prompt"], others)
+
+
+def without_skips(mask: Tensor, starts: Tensor, skips: list[list[int]]) -> Tensor:
+    """A response mask without the turns that are not the assistant's.
+
+    Args:
+        mask: True on responses. Shape (batch, length), bool; changed in place.
+        starts: Where each response begins. Shape (batch, 1), int64.
+        skips: Of each row, start and stop in its response of what is not scored, one pair after the other; or nothing.
+    """
+    for row, own in enumerate(skips):
+        begin = int(starts[row]) if own else 0
+        for start, stop in zip(own[::2], own[1::2], strict=True):
+            mask[row, begin + start : begin + stop] = False
+    return mask
 
 
 def optional(columns: dict[str, list[Any]], name: str) -> Tensor | None:

@@ -35,10 +35,13 @@ class DemonstrationDataModule(RowsDataModule):
             tokenizer: Folder or hub id; None for the one of the model in training, else the source's own.
             batch_size: Rows a batch on one rank.
             max_length: Longest sequence in tokens. Longer ones lose their end, and are counted in the log.
-            mask: What is learnt: the completion, every assistant turn, or everything.
+            mask: What is learnt: the completion (of a dialogue its last answer), every assistant turn, or everything; turns of
+                users and tools within a completion never are, nor messages with ``weight`` 0 or ``loss``, ``train`` or
+                ``trainable`` false. Where the chat template writes earlier turns differently once another follows, as
+                those do that take reasoning out of them, every assistant turn is a row of its own.
             bucket_batches: So many optimizer steps' rows are sorted by length together: less padding, less randomness.
-            shared: The other keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``
-                and ``seed``, see :class:`.RowsDataModule`.
+            shared: Keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``,
+                ``seed`` and ``chat_template_kwargs``, see :class:`.RowsDataModule`.
         """
         super().__init__(source, tokenizer, batch_size, bucket_batches=bucket_batches, **shared)
         self.max_length = max_length

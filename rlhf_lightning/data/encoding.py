@@ -4,24 +4,25 @@ Prompt and response are encoded apart and joined: that is what generation sees, 
 the whole by construction.
 
 Special tokens are read as such in prompts and texts that are given as text, for those may be rendered conversations. In
-messages the ones that mark turns are ordinary text, and a response never holds an EOS before its end (see :mod:`.literal`).
-Markers that are no tokens, such as "[INST]" or "User:", can't be told from text.
+messages and tools the ones that mark turns are ordinary text, and a response never holds an EOS before its end (see
+:mod:`.literal`). Markers that are no tokens, such as "[INST]" or "User:", can't be told from text.
 """
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.data.chat import Piece, conversation_pieces, eos_token, prompt_pieces, response_piece
+from rlhf_lightning.data.chat import Renderer, eos_token
 from rlhf_lightning.data.literal import literal, parts, without_eos
 from rlhf_lightning.data.messages import Message, Prompt
+from rlhf_lightning.data.template_inputs import NOTHING, TemplateInputs, Tools, Variables
 from rlhf_lightning.data.tokenizers import encode_beginnings, encode_continuations, uses_bos
+from rlhf_lightning.data.turns import Piece, every_answer, everything, last_answer, pair_pieces, prompt_text
 from rlhf_lightning.errors import UserError
 
 Mask = Literal["completion", "assistant", "all"]
-Tools = list[dict[str, Any]] | None
 
 
 class Encoded(NamedTuple):
@@ -29,6 +30,20 @@ class Encoded(NamedTuple):
 
     prompt_ids: list[int]
     response_ids: list[int]
+
+
+class Response(NamedTuple):
+    """A response to a prompt of several.
+
+    Attributes:
+        ids: Token ids, EOS last unless it was cut off.
+        skips: Start and stop, one pair after the other, of what is not scored: turns that are not the assistant's.
+        scored: Number of tokens that are.
+    """
+
+    ids: list[int]
+    skips: list[int]
+    scored: int
 
 
 class Masked(NamedTuple):
@@ -73,31 +88,29 @@ class Encoder:
             stop -= 1
         return [*ids[:stop], self.eos]
 
-    def prompt_pieces(self, prompt: Prompt, tools: Tools = None) -> list[Piece]:
-        """A prompt before tokenization; see :func:`rlhf_lightning.data.chat.prompt_pieces` for messages."""
-        return (
-            [Piece(literal(prompt, []), False)]
-            if isinstance(prompt, str)
-            else prompt_pieces(self.tokenizer, prompt, tools)
-        )
+    def prompt_pieces(self, prompt: Prompt, inputs: TemplateInputs = NOTHING) -> list[Piece]:
+        """A prompt before tokenization; see :func:`.turns.prompt_text` for messages."""
+        if isinstance(prompt, str):
+            return [Piece(literal(prompt, []), False, False)]
+        return [Piece(prompt_text(Renderer(self.tokenizer, inputs), prompt), False, False)]
 
-    def pair_pieces(self, prompt: Prompt, responses: Sequence[Prompt], tools: Tools = None) -> list[Piece]:
-        """A prompt and, as the last pieces, one for each response.
+    def pair_pieces(self, prompt: Prompt, responses: Sequence[Prompt], inputs: TemplateInputs = NOTHING) -> list[Piece]:
+        """A prompt and the pieces of each response to it.
 
         Raises:
             UserError: If one is text and the other messages, or the template does not begin the whole with the prompt.
         """
-        pieces = self.prompt_pieces(prompt, tools)
-        text = "".join(piece.text for piece in pieces)
-        for response in responses:
-            if isinstance(prompt, str) and isinstance(response, str):
-                eos = eos_token(self.tokenizer)
-                pieces.append(Piece(literal(without_eos(response, eos), [eos]), True))
-            elif isinstance(prompt, list) and isinstance(response, list):
-                pieces.append(response_piece(self.tokenizer, prompt, text, response, tools))
-            else:
-                raise UserError("prompt and response must both be text or both be messages")
-        return pieces
+        texts = [response for response in responses if isinstance(response, str)]
+        if isinstance(prompt, str) and len(texts) == len(responses):
+            eos = eos_token(self.tokenizer)
+            said = [literal(without_eos(response, eos), [eos]) for response in texts]
+            return [
+                *self.prompt_pieces(prompt),
+                *(Piece(text, True, True, number) for number, text in enumerate(said, start=1)),
+            ]
+        if isinstance(prompt, str) or texts:
+            raise UserError("prompt and response must both be text or both be messages")
+        return pair_pieces(Renderer(self.tokenizer, inputs), prompt, responses)  # type: ignore[arg-type]
 
     def join_prompt(self, pieces: list[list[int]]) -> list[int]:
         """The ids of a prompt from those of its pieces.
@@ -110,26 +123,58 @@ class Encoder:
             raise UserError("the tokenizer makes no token of the prompt, and it has no BOS")
         return ids
 
-    def join_messages(self, pieces: list[Piece], ids: list[list[int]], mask: Mask) -> Masked:
-        """Ids and mask of a conversation from its pieces.
+    def join_responses(
+        self, pieces: list[Piece], ids: list[list[int]], truncated: Sequence[bool | None] = ()
+    ) -> tuple[list[int], list[Response]]:
+        """The prompt's ids and the responses from the pieces of a row.
+
+        Args:
+            pieces: See :meth:`pair_pieces`.
+            ids: Of each piece.
+            truncated: Whether each response was cut off when it was sampled, so that it has no EOS; all have one otherwise.
 
         Raises:
-            UserError: If there is no answer in it to learn.
+            UserError: See :meth:`join_prompt`.
         """
-        answers = [number for number, piece in enumerate(pieces) if piece.answer]
-        if not answers and mask != "all":
-            raise UserError("the conversation has no assistant turn to learn from")
+        both = list(zip(pieces, ids, strict=True))
+        prompt = self.join_prompt([own for piece, own in both if not piece.response])
+        count = max(piece.response for piece in pieces)
+        cut_off = [bool(flag) for flag in truncated] or [False] * count
+        return prompt, [
+            self._response([pair for pair in both if pair[0].response == number], cut_off[number - 1])
+            for number in range(1, count + 1)
+        ]
+
+    def _response(self, both: list[tuple[Piece, list[int]]], truncated: bool) -> Response:
+        ids = self.end(list(chain.from_iterable(own for _, own in both)))
+        ids = ids[:-1] if truncated else ids
+        skips, place = [], 0
+        for piece, own in both:
+            last = piece is both[-1][0]
+            stop = len(ids) if last else min(place + len(own), len(ids))
+            if not piece.scored and stop > place:
+                skips += [place, stop]
+            place = stop
+        return Response(ids, skips, len(ids) - sum(skips[1::2]) + sum(skips[::2]))
+
+    def join_sequence(self, pieces: list[Piece], ids: list[list[int]], *, truncated: bool = False) -> Masked:
+        """Ids of a whole and which of them are scored, from its pieces; it has no EOS where it was ``truncated``."""
         if pieces[-1].answer:
-            ids = [*ids[:-1], self.end(ids[-1])]
-        learnt = {"all": range(len(pieces)), "assistant": answers, "completion": answers[-1:]}[mask]
+            ids = [*ids[:-1], self.end(ids[-1])[: -1 if truncated else None]]
         joined = list(chain.from_iterable(ids))
-        flags = list(chain.from_iterable([number in learnt] * len(piece) for number, piece in enumerate(ids)))
+        flags = list(chain.from_iterable([piece.scored] * len(own) for piece, own in zip(pieces, ids, strict=True)))
         begun = self.begin(joined)
-        head = [flags[0] if mask == "all" else False] * max(0, len(begun) - len(joined))
-        return Masked(begun, [*head, *flags][-len(begun) :])
+        head = [pieces[0].scored] * max(0, len(begun) - len(joined))
+        return Masked(begun, [*head, *flags][-len(begun) :] if begun else [])
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Prompt, tools: Tools = None) -> Encoded:
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    response: Prompt,
+    tools: Tools = None,
+    variables: Variables = None,
+) -> Encoded:
     """Ids of a prompt and of the response to it.
 
     Args:
@@ -137,6 +182,7 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Pr
         prompt: Text, or messages up to where the assistant begins.
         response: Text, or the messages that follow.
         tools: JSON schemas of tools, for templates that list them.
+        variables: Variables of the chat template beside those that the tokenizer was saved with.
 
     Returns:
         Prompt ids with one BOS where the tokenizer uses one; response ids with exactly one EOS at the end.
@@ -145,29 +191,63 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Pr
         UserError: If the template writes another prompt once the response follows, or the two are of different kinds.
     """
     encoder = Encoder(tokenizer)
-    *prompt_ids, response_ids = encoder.encode_rows([encoder.pair_pieces(prompt, [response], tools)])[0]
-    return Encoded(encoder.join_prompt(prompt_ids), encoder.end(response_ids))
+    pieces = encoder.pair_pieces(prompt, [response], TemplateInputs(tools, variables))
+    return _encoded(encoder, pieces, encoder.encode_rows([pieces])[0])
 
 
 def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], responses: Sequence[Prompt]
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    responses: Sequence[Prompt],
+    inputs: Sequence[TemplateInputs] | None = None,
 ) -> list[Encoded]:
-    """Many pairs as :func:`encode_pair` encodes one, in two calls of the tokenizer."""
+    """Many pairs as :func:`encode_pair` encodes one, in two calls of the tokenizer; ``inputs`` are of each row's template."""
     encoder = Encoder(tokenizer)
-    plans = [encoder.pair_pieces(prompt, [response]) for prompt, response in zip(prompts, responses, strict=True)]
-    return [Encoded(encoder.join_prompt(ids[:-1]), encoder.end(ids[-1])) for ids in encoder.encode_rows(plans)]
+    rows = zip(prompts, responses, inputs or [NOTHING] * len(prompts), strict=True)
+    plans = [encoder.pair_pieces(prompt, [response], own) for prompt, response, own in rows]
+    return [_encoded(encoder, pieces, ids) for pieces, ids in zip(plans, encoder.encode_rows(plans), strict=True)]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tools: Tools = None) -> list[int]:
+def _encoded(encoder: Encoder, pieces: list[Piece], ids: list[list[int]]) -> Encoded:
+    prompt, (response,) = encoder.join_responses(pieces, ids)
+    return Encoded(prompt, response.ids)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tools: Tools = None, variables: Variables = None
+) -> list[int]:
     """Ids of a prompt, as :func:`encode_pair` gives them."""
+    return encode_prompts(tokenizer, [prompt], [TemplateInputs(tools, variables)])[0]
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], inputs: Sequence[TemplateInputs]
+) -> list[list[int]]:
+    """Ids of many prompts in one call of the tokenizer, each with the inputs of its template."""
     encoder = Encoder(tokenizer)
-    return encoder.join_prompt(encoder.encode_rows([encoder.prompt_pieces(prompt, tools)])[0])
+    plans = [encoder.prompt_pieces(prompt, own) for prompt, own in zip(prompts, inputs, strict=True)]
+    return [encoder.join_prompt(ids) for ids in encoder.encode_rows(plans)]
+
+
+def message_plans(renderer: Renderer, messages: Sequence[Message], mask: Mask) -> list[list[Piece]]:
+    """The sequences that a conversation is learnt as, each in pieces.
+
+    Raises:
+        UserError: See :func:`.turns.last_answer`, :func:`.turns.every_answer` and :func:`.turns.everything`.
+    """
+    if mask == "assistant":
+        return every_answer(renderer, messages)
+    return [everything(renderer, messages) if mask == "all" else last_answer(renderer, messages)]
 
 
 def encode_messages(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], mask: Mask, tools: Tools = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    mask: Mask,
+    tools: Tools = None,
+    variables: Variables = None,
 ) -> Masked:
-    """Ids of a conversation and which of them are learnt.
+    """Ids of a conversation in one sequence and which of them are learnt.
 
     Args:
         tokenizer: Must have EOS and a chat template.
@@ -175,13 +255,20 @@ def encode_messages(
         mask: "assistant": every assistant turn with its end of turn, never a header; "completion": the last such turn;
             "all": everything.
         tools: JSON schemas of tools, for templates that list them.
+        variables: Variables of the chat template beside those that the tokenizer was saved with.
 
     Raises:
-        UserError: If the assistant's turns can't be located, or there is none.
+        UserError: If the assistant's turns can't be located, there is none, or the template writes earlier ones differently
+            once others follow, so that one sequence does not hold what the model is given at each.
     """
-    encoder = Encoder(tokenizer)
-    pieces = conversation_pieces(tokenizer, messages, tools)
-    return encoder.join_messages(pieces, encoder.encode_rows([pieces])[0], mask)
+    encoder, renderer = Encoder(tokenizer), Renderer(tokenizer, TemplateInputs(tools, variables))
+    plans = message_plans(renderer, messages, mask)
+    if len(plans) > 1:
+        raise UserError(
+            "the chat template writes earlier turns differently once another follows: each assistant turn is a sequence of "
+            "its own; use mask 'completion', or tokenize_demonstrations"
+        )
+    return encoder.join_sequence(plans[0], encoder.encode_rows(plans)[0])
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Masked:

@@ -2,6 +2,7 @@
 
 import re
 
+from rlhf_lightning.data.loss_flags import without_flags
 from rlhf_lightning.data.messages import Message
 from rlhf_lightning.errors import UserError
 
@@ -33,17 +34,19 @@ def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
 def split_conversations(
     chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """Prompt, chosen and rejected turns of two full conversations; both responses begin with the assistant.
+    """Prompt, chosen and rejected turns of two full conversations; both responses begin with an assistant's turn.
 
     Raises:
         UserError: If they share no message that an assistant's turn follows.
     """
-    shared = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-    while shared > 0 and not chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
+    shared = min(common_prefix(without_flags(chosen), without_flags(rejected)), len(chosen) - 1, len(rejected) - 1)
+    while shared > 0 and not (
+        chosen[shared]["role"] == rejected[shared]["role"] == "assistant" and chosen[shared - 1]["role"] != "assistant"
+    ):
         shared -= 1
     if shared <= 0:
         raise UserError("'chosen' and 'rejected' share no prompt: no message before an answer is the same in both")
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+    return without_flags(chosen[:shared]), chosen[shared:], rejected[shared:]
 
 
 def common_prefix(left: list, right: list) -> int:

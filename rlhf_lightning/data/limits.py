@@ -11,7 +11,6 @@ from rlhf_lightning.errors import UserError
 log = logging.getLogger(__name__)
 
 LARGEST = 2**31 - 1
-MANY = 0.1  # a larger share of dropped rows is pointed out
 ADVICE = {"prompt": "raise max_prompt_length or set long_prompts to 'drop'"}
 TRUNCATE = "raise max_length, or set truncation to 'right' or 'drop'"
 
@@ -23,15 +22,17 @@ class Limit(NamedTuple):
         column: Its name.
         least: Smallest number that is let through.
         most: Largest.
-        fate: What becomes of others: they are left out, or have been cut, or end the run.
+        fate: How others are handled: they are dropped, or have been cut, or end the run; or they are only counted ("note").
         others: What they are called where they are counted; where they end the run, one of them.
+        advice: What to do if more than a tenth of the rows is dropped.
     """
 
     column: str
     least: int
     most: int
-    fate: Literal["drop", "cut", "error"]
+    fate: Literal["drop", "cut", "error", "note"]
     others: str
+    advice: str = ""
 
     @property
     def done(self) -> str:
@@ -51,7 +52,7 @@ def longest(column: str, noun: str, most: int, fate: str) -> Limit:
         return Limit(column, 0, most, "error", noun)
     if fate == "cut":
         return Limit(column, 0, most, "cut", f"{noun}s after {most} tokens: they lose their EOS")
-    return Limit(column, 0, most, "drop", f"{noun}s longer than {most} tokens ({name})")
+    return Limit(column, 0, most, "drop", f"{noun}s longer than {most} tokens ({name})", f"raise data.{name}")
 
 
 def apply(limit: Limit, rows: Dataset) -> Dataset:
@@ -68,15 +69,16 @@ def apply(limit: Limit, rows: Dataset) -> Dataset:
     if limit.fate == "cut":
         log.warning("cut %d of %d %s", others, len(rows), limit.others)
         return rows
+    if limit.fate == "note":
+        log.warning("%d of %d are %s", others, len(rows), limit.others)
+        return rows
     if limit.fate == "error":
         first = int(np.flatnonzero(~wanted)[0])
         raise UserError(f"row {first + 1}: {limit.refusal(values[first], f' ({others} rows are longer)')}")
     if others == len(rows):
         raise UserError(f"no row is left of {others}: all are {limit.others}")
-    share = (
-        f"; that is {others / len(rows):.0%}, and training sees the others only" if others > MANY * len(rows) else ""
-    )
-    log.warning("left out %d of %d rows: %s%s", others, len(rows), limit.others, share)
+    advice = f"; that is more than a tenth of them: {limit.advice}" if limit.advice and 10 * others > len(rows) else ""
+    log.warning("left out %d of %d rows: %s%s", others, len(rows), limit.others, advice)
     return rows.select(np.flatnonzero(wanted))
 
 

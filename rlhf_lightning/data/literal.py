@@ -1,11 +1,14 @@
 """Text that must stay text: what a message says can neither end a turn nor begin one.
 
 A tokenizer reads "</s>" wherever it stands as its end-of-sequence token. In what a template writes that is meant; in what a
-user or an assistant said it would end the response early, or forge a turn. So such strings are broken in two there, and the
-halves are tokenized apart: they come out as the ordinary tokens that spell them.
+user or an assistant said, in a tool's schema, its arguments or its result, it would end the response early, or forge a turn.
+So such strings are broken in two there, and the parts are tokenized apart: they come out as the ordinary tokens that spell
+them.
 """
 
+import re
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
@@ -14,24 +17,52 @@ from transformers import PreTrainedTokenizerBase
 # can't overlap, and text that holds it is given back whole.
 BREAK = "\ufdd0\ufdd1\ufdd1"
 
-_MARKERS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple, list[str]]] = WeakKeyDictionary()
+# Tags such as <think> and </tool_call>, which answers hold as text: templates look for them there.
+TAG = re.compile(r"</?\w+>")
+# Some templates build the markers of turns from the role, so that they don't stand in the template.
+ROLE_NAMES = {"system", "developer", "user", "human", "assistant", "model", "tool", "ipython"}
+
+
+class ControlTokens(NamedTuple):
+    """Tokens that text must not spell, each sorted.
+
+    Attributes:
+        turns: Those that say where sequences and turns begin and end: BOS, EOS, padding and those of the chat template.
+        all: These and every other special token.
+    """
+
+    turns: list[str]
+    all: list[str]
+
+
+_CONTROL: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple, ControlTokens]] = WeakKeyDictionary()
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
+    """The tokens of a tokenizer that text must not spell, looked up once."""
+    ends = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
+    state = (len(tokenizer), str(tokenizer.chat_template), *ends)
+    known, found = _CONTROL.get(tokenizer, (None, ControlTokens([], [])))
+    if known != state:
+        template = str(tokenizer.chat_template or "")
+        added = list(tokenizer.added_tokens_decoder.values())
+        special = {token.content for token in added if token.special} | {str(token) for token in ends if token}
+        # Some tokenizers don't call the markers of their turns special.
+        written = {token.content for token in added if token.content in template and not TAG.fullmatch(token.content)}
+        roles = {token for token in special if token.strip("<|>[]/▁ ").lower() in ROLE_NAMES}
+        turns = {str(token) for token in ends if token} | {t for t in special if t in template} | written | roles
+        found = ControlTokens(*(sorted(token for token in some if len(token) > 1) for some in (turns, turns | special)))
+        _CONTROL[tokenizer] = (state, found)
+    return found
 
 
 def turn_markers(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Special tokens that say where sequences and turns begin and end: BOS, EOS, padding and those of the chat template.
+    """Tokens that say where sequences and turns begin and end: BOS, EOS, padding and those of the chat template.
 
-    Special tokens that the template does not know are left alone in messages too: who adds some means them.
+    An answer may hold special tokens that the template does not know: who adds some to a tokenizer means the model to say
+    them.
     """
-    ends = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
-    state = (len(tokenizer), tokenizer.chat_template, *ends)
-    known, markers = _MARKERS.get(tokenizer, (None, []))
-    if known != state:
-        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        template = str(tokenizer.chat_template or "")
-        named = {str(token) for token in ends if token} | {token for token in added if token in template}
-        markers = sorted(token for token in named if len(token) > 1)
-        _MARKERS[tokenizer] = (state, markers)
-    return markers
+    return control_tokens(tokenizer).turns
 
 
 def literal(text: str, markers: Iterable[str]) -> str:
@@ -41,6 +72,17 @@ def literal(text: str, markers: Iterable[str]) -> str:
         while marker in text:
             text = text.replace(marker, marker[0] + BREAK + marker[1:])
     return text
+
+
+def literal_leaves(value: Any, markers: Iterable[str]) -> Any:
+    """A nested value with :func:`literal` applied to every text in it, keys included."""
+    if isinstance(value, str):
+        return literal(value, markers)
+    if isinstance(value, dict):
+        return {literal_leaves(key, markers): literal_leaves(item, markers) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [literal_leaves(item, markers) for item in value]
+    return value
 
 
 def parts(text: str) -> list[str]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_lightning.data.loss_flags import FLAGS, read_flag
 from rlhf_lightning.data.tool_calls import parse_json, read_tool_calls
 from rlhf_lightning.errors import UserError
 
@@ -49,6 +50,8 @@ def is_conversation(value: object) -> bool:
 def read_message(value: object, column: str, *, may_be_empty: bool = False) -> Message:
     """One message as ``{"role", "content"}`` and whatever else it carried (``tool_calls``, ``name``).
 
+    A message that is not to be learnt has ``train`` false, see :mod:`.loss_flags`.
+
     Args:
         value: The message.
         column: What errors call its column.
@@ -76,9 +79,9 @@ def read_message(value: object, column: str, *, may_be_empty: bool = False) -> M
     content = flatten_content(value.get("value") if said is None else said, column)
     if not content.strip() and role != "tool" and not (role == "assistant" and (may_be_empty or says_otherwise(value))):
         raise UserError(f"column '{column}' has an empty {role} message")
-    spelt = ("role", "from", "content", "value", "weight")
+    spelt = ("role", "from", "content", "value", *FLAGS)
     extras = {k: v for k, v in value.items() if k not in spelt and v is not None}
-    return {"role": role, "content": content, **extras}
+    return {"role": role, "content": content, **extras, **read_flag(value, column)}
 
 
 def says_otherwise(message: Message) -> bool:
@@ -137,7 +140,7 @@ def text_of(part: object) -> str | None:
 
 
 def read_messages(value: object, column: str, *, may_be_empty: bool = False) -> list[Message]:
-    """A list of messages in canonical spelling; ``may_be_empty`` as in :func:`read_message`.
+    """A list of messages in canonical spelling; ``may_be_empty`` is about the last one's content.
 
     Raises:
         UserError: If the list is missing or empty, or a message is malformed.
@@ -148,7 +151,11 @@ def read_messages(value: object, column: str, *, may_be_empty: bool = False) -> 
         raise UserError(f"column '{column}' is text where messages belong: {not_messages(value)}")
     if not isinstance(value, list) or not value:
         raise UserError(f"column '{column}' is {'empty' if value in (None, [], '') else 'not a list of messages'}")
-    return [read_message(message, column, may_be_empty=may_be_empty) for message in value]
+    last = len(value) - 1
+    return [
+        read_message(message, column, may_be_empty=may_be_empty and index == last)
+        for index, message in enumerate(value)
+    ]
 
 
 def not_messages(text: str) -> str:
@@ -156,6 +163,14 @@ def not_messages(text: str) -> str:
     if text.lstrip().startswith(("[{'", "{'")):
         return "it is Python's spelling of a list, not JSON; write it with json.dumps"
     return "it is JSON, but no list of messages" if parse_json(text) is not None else f"not JSON, {text!r:.40}"
+
+
+def answer_start(messages: Sequence[Message]) -> int:
+    """Index of the first message of the last assistant turn; the number of messages where they do not end with one."""
+    start = len(messages)
+    while start and messages[start - 1]["role"] == "assistant":
+        start -= 1
+    return start
 
 
 def split_at_answer(messages: Sequence[Message], column: str) -> tuple[list[Message], list[Message]]:
@@ -166,9 +181,10 @@ def split_at_answer(messages: Sequence[Message], column: str) -> tuple[list[Mess
     """
     if messages[-1]["role"] != "assistant":
         raise UserError(f"column '{column}' ends with a {messages[-1]['role']} message; the answer must come last")
-    if len(messages) == 1:
+    start = answer_start(messages)
+    if not start:
         raise UserError(f"column '{column}' has an answer and no prompt")
-    return list(messages[:-1]), [messages[-1]]
+    return list(messages[:start]), list(messages[start:])
 
 
 def is_hh(text: object) -> bool:

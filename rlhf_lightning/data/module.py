@@ -22,6 +22,7 @@ from rlhf_lightning.data.sources import Kind, Source
 from rlhf_lightning.data.splits import Split, find_tokenizer, load_splits
 from rlhf_lightning.data.streaming import Known, StreamLoader, check_stream
 from rlhf_lightning.data.streams import StreamSource
+from rlhf_lightning.data.template_inputs import set_default_variables
 from rlhf_lightning.data.tokenization import Tokenization
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class RowsDataModule(lightning.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         bucket_batches: int = 1,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Keys that all data modules have.
 
@@ -72,13 +74,16 @@ class RowsDataModule(lightning.LightningDataModule):
             num_workers: Processes that load batches.
             seed: Of the order of the rows.
             bucket_batches: So many optimizer steps' rows are sorted by length together: less padding, less randomness.
+            chat_template_kwargs: Variables of the chat template, by name, such as ``{enable_thinking: false}``; a row's own
+                column of that name comes before. They are saved with the tokenizer of the export: `chat`, `sample`, evaluation
+                and later stages render with them too.
         """
         super().__init__()
         parse_columns(columns)  # what is wrong with it is said before anything is loaded
         self.columns, self.bad_rows = columns, bad_rows
         self.source, self.tokenizer_path, self.format, self.split = source, tokenizer, format, split
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.bucket_batches = bucket_batches
+        self.bucket_batches, self.chat_template_kwargs = bucket_batches, chat_template_kwargs
         self.rows: dict[str, Dataset] = {}
         self._fingerprint: dict[str, Any] = {}
         self._stream: StreamLoader | None = None
@@ -105,6 +110,7 @@ class RowsDataModule(lightning.LightningDataModule):
 
     def _load(self) -> None:
         self.tokenizer = find_tokenizer(self.tokenizer_path, self.source, self.trainer)
+        set_default_variables(self.tokenizer, self.chat_template_kwargs)
         bad = BadRows(self.bad_rows)
         splits = load_splits(self.source, self.kind, self.format, self.split, self.columns, bad)
         tokenization = self.tokenization()()

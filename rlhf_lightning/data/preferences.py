@@ -7,7 +7,7 @@ from typing import Any
 from rlhf_lightning.data.collate import PreferenceCollator
 from rlhf_lightning.data.module import RowsDataModule
 from rlhf_lightning.data.sources import Source
-from rlhf_lightning.data.tokenization import Tokenization, preferences
+from rlhf_lightning.data.tokenization import DifferingPrompts, Tokenization, preferences
 
 
 class PreferenceDataModule(RowsDataModule):
@@ -22,6 +22,7 @@ class PreferenceDataModule(RowsDataModule):
         batch_size: int = 32,
         max_length: int = 1024,
         bucket_batches: int = 8,
+        differing_prompts: DifferingPrompts = "error",
         **shared: Any,
     ) -> None:
         """The keys of the rows, and those that all data modules have.
@@ -31,16 +32,20 @@ class PreferenceDataModule(RowsDataModule):
             tokenizer: Folder or hub id; None for the one of the model in training, else the source's own.
             batch_size: Pairs a batch on one rank.
             max_length: Longest prompt with a response, in tokens. Pairs of which one side is longer are dropped and counted in
-                the log: to cut them would compare other texts than the annotator saw.
+                the log: to cut them would compare other texts than the annotator saw. The log-probabilities of a response are
+                those of its assistant turns; a reward model reads all of it.
             bucket_batches: So many optimizer steps' rows are sorted by length together: less padding, less randomness.
-            shared: The other keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``
-                and ``seed``, see :class:`.RowsDataModule`.
+            differing_prompts: How pairs are handled whose user or system turns differ after their answers part, so that they
+                answer different prompts: "error", "drop" (counted), or "accept" to compare them all the same.
+            shared: Keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``,
+                ``seed`` and ``chat_template_kwargs``, see :class:`.RowsDataModule`.
         """
         super().__init__(source, tokenizer, batch_size, bucket_batches=bucket_batches, **shared)
         self.max_length = max_length
+        self.differing_prompts: DifferingPrompts = differing_prompts
 
     def tokenization(self) -> Callable[[], Tokenization]:
-        return partial(preferences, self.tokenizer, self.max_length)
+        return partial(preferences, self.tokenizer, self.max_length, self.differing_prompts)
 
     def collator(self) -> PreferenceCollator:
         return PreferenceCollator(self.tokenizer.pad_token_id)

@@ -44,8 +44,8 @@ class PretrainingMixDataModule(PromptDataModule):
             max_length: Longest row in tokens; longer ones lose their end, and are counted in the log.
             batch_size: Prompts an iteration on one rank, a response each.
             max_prompt_length: Longest prompt in tokens.
-            shared: The other keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``
-                and ``seed``, ``long_prompts`` and ``validation_prompts``, see :class:`.PromptDataModule`.
+            shared: Keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``,
+                ``seed``, ``chat_template_kwargs``, ``long_prompts`` and ``validation_prompts``, see :class:`.PromptDataModule`.
         """
         super().__init__(source, tokenizer, batch_size, max_prompt_length, **shared)
         if rows_per_prompt < 1:

@@ -36,8 +36,8 @@ class PromptDataModule(RowsDataModule):
             max_prompt_length: Longest prompt in tokens.
             long_prompts: How longer ones are handled: an error, or dropped and counted in the log.
             validation_prompts: How many held-out prompts, drawn once, each validation answers; None for all.
-            shared: The other keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``
-                and ``seed``, see :class:`.RowsDataModule`.
+            shared: Keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``,
+                ``seed`` and ``chat_template_kwargs``, see :class:`.RowsDataModule`.
         """
         super().__init__(source, tokenizer, batch_size, bucket_batches=1, **shared)
         self.max_prompt_length, self.validation_prompts = max_prompt_length, validation_prompts

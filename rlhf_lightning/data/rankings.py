@@ -11,14 +11,16 @@ from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import RankingBatch
-from rlhf_lightning.data.chat import Piece
 from rlhf_lightning.data.collate import pad_right
 from rlhf_lightning.data.encoding import Encoder
 from rlhf_lightning.data.limits import LARGEST, Limit
 from rlhf_lightning.data.module import RowsDataModule
 from rlhf_lightning.data.rows import Row, read_weight
 from rlhf_lightning.data.sources import Source
-from rlhf_lightning.data.tokenization import IDS, Tokenization, tools_of
+from rlhf_lightning.data.template_inputs import inputs_of
+from rlhf_lightning.data.tokenization import DIFFER, DIFFERING, IDS, DifferingPrompts, Tokenization, prompts_differ
+from rlhf_lightning.data.turns import Piece
+from rlhf_lightning.errors import UserError
 
 
 class RankingDataModule(RowsDataModule):
@@ -33,6 +35,7 @@ class RankingDataModule(RowsDataModule):
         batch_size: int = 8,
         max_length: int = 1024,
         bucket_batches: int = 8,
+        differing_prompts: DifferingPrompts = "error",
         **shared: Any,
     ) -> None:
         """The keys of the rows, and those that all data modules have.
@@ -44,32 +47,38 @@ class RankingDataModule(RowsDataModule):
             max_length: Longest prompt with a completion, in tokens. Longer completions are dropped from their ranking, and
                 rankings of which no order is left are dropped; both are counted in the log.
             bucket_batches: So many optimizer steps' rows are sorted by length together: less padding, less randomness.
-            shared: The other keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``
-                and ``seed``, see :class:`.RowsDataModule`.
+            differing_prompts: How rankings are handled whose user or system turns differ after their answers part, so that they
+                answer different prompts: "error", "drop" (counted), or "accept" to compare them all the same.
+            shared: Keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``,
+                ``seed`` and ``chat_template_kwargs``, see :class:`.RowsDataModule`.
         """
         super().__init__(source, tokenizer, batch_size, bucket_batches=bucket_batches, **shared)
         self.max_length = max_length
+        self.differing_prompts: DifferingPrompts = differing_prompts
 
     def tokenization(self) -> Callable[[], Tokenization]:
-        return partial(rankings, self.tokenizer, self.max_length)
+        return partial(rankings, self.tokenizer, self.max_length, self.differing_prompts)
 
     def collator(self) -> "RankingCollator":
         return RankingCollator(self.tokenizer.pad_token_id)
 
 
-def rankings(tokenizer: PreTrainedTokenizerBase, max_length: int = 1024) -> Tokenization:
+def rankings(
+    tokenizer: PreTrainedTokenizerBase, max_length: int = 1024, differing_prompts: DifferingPrompts = "error"
+) -> Tokenization:
     """Of rankings: ``prompt_ids``, the ``completion_ids`` one behind the other, their ``completion_lengths`` and ``ranks``,
     ``weight``, and ``length`` of the longest. ``overlong`` completions are not among them; ``places`` are distinct ranks.
     """
     encoder = Encoder(tokenizer)
 
     def plan(row: Row) -> list[Piece]:
-        return encoder.pair_pieces(row["prompt"], row["completions"], tools_of(row))
+        if differing_prompts == "error" and prompts_differ(row["completions"]):
+            raise UserError(DIFFER)
+        return encoder.pair_pieces(row["prompt"], row["completions"], inputs_of(row))
 
     def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
-        first = len(ids) - len(row["completions"])
-        prompt = encoder.join_prompt(ids[:first])
-        both = zip(map(encoder.end, ids[first:]), row["ranks"], strict=True)
+        prompt, responses = encoder.join_responses(pieces, ids)
+        both = zip((response.ids for response in responses), row["ranks"], strict=True)
         kept = [(answer, rank) for answer, rank in both if len(prompt) + len(answer) <= max_length]
         lengths = [len(answer) for answer, _ in kept]
         return {
@@ -81,16 +90,19 @@ def rankings(tokenizer: PreTrainedTokenizerBase, max_length: int = 1024) -> Toke
             "length": len(prompt) + max(lengths, default=0),
             "overlong": len(row["ranks"]) - len(kept),
             "places": len({rank for _, rank in kept}),
+            DIFFERING: int(differing_prompts == "drop" and prompts_differ(row["completions"])),
         }
 
     lists = {"prompt_ids": IDS, "completion_ids": IDS, "completion_lengths": IDS, "ranks": List(Value("float32"))}
-    numbers = {name: Value("int32") for name in ("length", "overlong", "places")}
+    numbers = {name: Value("int32") for name in ("length", "overlong", "places", DIFFERING)}
     limits = (
         Limit("places", 2, LARGEST, "drop", f"rankings without an order among completions up to {max_length} tokens"),
+        Limit(DIFFERING, 0, 0, "drop", "rankings whose user or system turns differ after their answers part"),
         Limit("overlong", 0, 0, "cut", f"rankings: they lose completions longer than {max_length} tokens (max_length)"),
     )
+    settings = {"max_length": max_length, "differing_prompts": differing_prompts}
     features = Features({**lists, "weight": Value("float32"), **numbers})
-    return Tokenization("rankings", encoder, plan, join, features, limits, {"max_length": max_length})
+    return Tokenization("rankings", encoder, plan, join, features, limits, settings)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_lightning.data.loss_flags import without_flags
 from rlhf_lightning.data.messages import Message, Prompt, is_conversation, read_messages
 from rlhf_lightning.errors import UserError
 
@@ -80,11 +81,11 @@ class Example:
     step_labels: list[float | None] | None = None
 
 
-def read_string(row: Row, column: str) -> str:
-    """A column that must hold text.
+def read_string(row: Row, column: str, *, may_be_empty: bool = False) -> str:
+    """A column that must hold text; text of whitespace alone is empty.
 
     Raises:
-        UserError: If it is missing, null, empty or not text.
+        UserError: If it is missing, null or not text, or empty and ``may_be_empty`` is false.
     """
     value = row.get(column)
     if value is None:
@@ -92,6 +93,8 @@ def read_string(row: Row, column: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"column '{column}' holds {type(value).__name__} {value!r:.40} where text belongs")
     if not value.strip():
+        if may_be_empty:
+            return ""
         raise UserError(f"column '{column}' is empty")
     return value
 
@@ -167,17 +170,23 @@ def read_weight(row: Row) -> float:
 def read_prompt(row: Row) -> Prompt:
     """The column "prompt": text, or messages, before which the column "system" stands.
 
-    Messages may end with the assistant: the response then continues what it said.
+    Where messages end with the assistant, the answer continues the last of them.
 
     Raises:
         UnusedColumnError: If there is a system prompt and the prompt is text.
-        UserError: If the prompt is empty or malformed.
+        UserError: If the prompt is empty or malformed, or ends with a tool call.
     """
-    if isinstance(row.get("prompt"), list):
-        return with_system(row, read_messages(row["prompt"], "prompt"))
-    if read_optional(row, "system"):
-        raise UnusedColumnError("system")
-    return read_string(row, "prompt")
+    if not isinstance(row.get("prompt"), list):
+        if read_optional(row, "system"):
+            raise UnusedColumnError("system")
+        return read_string(row, "prompt")
+    messages = with_system(row, read_messages(row["prompt"], "prompt"))
+    if messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip():
+        raise UserError(
+            "column 'prompt' ends with an assistant message without text, such as a tool call: nothing can continue it; add "
+            "the tool's result, or leave the message out"
+        )
+    return messages
 
 
 def with_system(row: Row, messages: list[Message]) -> list[Message]:
@@ -199,13 +208,13 @@ def with_system(row: Row, messages: list[Message]) -> list[Message]:
 def read_answer(row: Row, column: str, prompt: Prompt, *, may_be_empty: bool = False) -> Prompt:
     """Text after a text, messages after messages; a bare text after messages becomes the assistant's turn.
 
-    Messages that repeat the prompt lose it.
+    Messages may repeat the prompt before the answer.
 
     Args:
         row: The row.
         column: Name of the column.
         prompt: What is answered.
-        may_be_empty: Whether the answer may say nothing, as one that was rejected may.
+        may_be_empty: Whether the answer may say nothing, as one that was rejected may: it is taught as EOS alone.
 
     Raises:
         UserError: If it is empty or does not begin with the assistant.
@@ -217,12 +226,20 @@ def read_answer(row: Row, column: str, prompt: Prompt, *, may_be_empty: bool = F
             "rankings: format ordering, with columns prompt, completions (the list) and ranking ([0, 1, ...])"
         )
     if isinstance(prompt, str) or not isinstance(value, list | dict):
-        answer = value if may_be_empty and isinstance(value, str) and not value.strip() else answer_text(row, column)
+        answer = "" if may_be_empty and is_blank_text(value) else answer_text(row, column)
         return answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
     messages = without_prompt(read_messages(value, column, may_be_empty=may_be_empty), prompt)
     if messages[0]["role"] != "assistant":
-        raise UserError(f"column '{column}' begins with a {messages[0]['role']} message; it must hold the answer alone")
+        raise UserError(
+            f"column '{column}' begins with a {messages[0]['role']} message; it must hold the answer alone, or the complete "
+            "prompt before it"
+        )
     return messages
+
+
+def is_blank_text(value: object) -> bool:
+    """Whether it is text that says nothing."""
+    return isinstance(value, str) and not value.strip()
 
 
 def answer_text(row: Row, column: str) -> str:
@@ -236,6 +253,7 @@ def without_prompt(messages: list[Message], prompt: list[Message]) -> list[Messa
     """The messages behind the prompt, where they begin with it, with or without its system message."""
     spoken = prompt[1:] if prompt[0]["role"] == "system" else prompt
     for beginning in (prompt, spoken):
-        if beginning and len(messages) > len(beginning) and messages[: len(beginning)] == beginning:
-            return messages[len(beginning) :]
+        count = len(beginning)
+        if 0 < count < len(messages) and without_flags(messages[:count]) == without_flags(beginning):
+            return messages[count:]
     return messages

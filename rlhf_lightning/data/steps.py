@@ -4,20 +4,23 @@ Steps and separators are tokenized apart and joined, so that no token spans both
 What comes later changes nothing that stands before: a beginning of a solution is scored as it is within the whole.
 """
 
+from collections.abc import Sequence
 from itertools import accumulate, chain
 from typing import Literal, NamedTuple
 
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.data.chat import Piece, eos_token
-from rlhf_lightning.data.encoding import Encoder, Tools
+from rlhf_lightning.data.chat import eos_token
+from rlhf_lightning.data.encoding import Encoder
 from rlhf_lightning.data.limits import longest
 from rlhf_lightning.data.literal import literal, turn_markers
 from rlhf_lightning.data.messages import Prompt
 from rlhf_lightning.data.rows import Row
-from rlhf_lightning.data.tokenization import IDS, Tokenization, tools_of
+from rlhf_lightning.data.template_inputs import NOTHING, TemplateInputs, inputs_of
+from rlhf_lightning.data.tokenization import IDS, Tokenization
 from rlhf_lightning.data.tokenizers import encode_continuations
+from rlhf_lightning.data.turns import Piece
 from rlhf_lightning.errors import UserError
 
 
@@ -57,13 +60,13 @@ class StepEncoder:
                 f"{read!r}; choose another"
             )
 
-    def pieces(self, prompt: Prompt, steps: list[str], tools: Tools = None) -> list[Piece]:
+    def pieces(self, prompt: Prompt, steps: list[str], inputs: TemplateInputs = NOTHING) -> list[Piece]:
         """A solution before tokenization: the pieces of the prompt, then each step and its separator."""
         tokenizer = self.encoder.tokenizer
         markers = [eos_token(tokenizer)] if isinstance(prompt, str) else turn_markers(tokenizer)
-        pieces = self.encoder.prompt_pieces(prompt, tools)
+        pieces = self.encoder.prompt_pieces(prompt, inputs)
         for step in steps:
-            pieces += [Piece(literal(step, markers), True), Piece(self.separator, True)]
+            pieces += [Piece(literal(step, markers), True, True), Piece(self.separator, True, True)]
         return pieces
 
     def check(self, steps: list[str]) -> None:
@@ -84,9 +87,12 @@ class StepEncoder:
         reached = list(accumulate(map(len, parts), initial=len(prompt)))
         return EncodedSteps([*prompt, *chain.from_iterable(parts)], len(prompt), [end - 1 for end in reached[2::2]])
 
-    def encode(self, prompts: list[Prompt], solutions: list[list[str]]) -> list[EncodedSteps]:
-        """Many solutions in two calls of the tokenizer."""
-        plans = [self.pieces(prompt, steps) for prompt, steps in zip(prompts, solutions, strict=True)]
+    def encode(
+        self, prompts: list[Prompt], solutions: list[list[str]], inputs: Sequence[TemplateInputs] | None = None
+    ) -> list[EncodedSteps]:
+        """Many solutions in two calls of the tokenizer; ``inputs`` are of each row's chat template."""
+        rows = zip(prompts, solutions, inputs or [NOTHING] * len(prompts), strict=True)
+        plans = [self.pieces(prompt, steps, own) for prompt, steps, own in rows]
         ids = self.encoder.encode_rows(plans)
         return [self.join(row, len(steps)) for row, steps in zip(ids, solutions, strict=True)]
 
@@ -118,7 +124,7 @@ def solutions(
 
     def plan(row: Row) -> list[Piece]:
         encoder.check(row["completions"])
-        return encoder.pieces(row["prompt"], row["completions"], tools_of(row))
+        return encoder.pieces(row["prompt"], row["completions"], inputs_of(row))
 
     def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
         whole = encoder.join(ids, len(row["completions"]))

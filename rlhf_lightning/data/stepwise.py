@@ -39,8 +39,8 @@ class StepwiseDataModule(RowsDataModule):
             long_rows: How longer ones are handled: dropped and counted in the log, or an error. They are never cut.
             separator: What stands behind every step; None for that of the model in training, else a newline.
             train_on_last_step_only: Of each solution, only the last labelled step counts, in validation too.
-            shared: The other keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``
-                and ``seed``, see :class:`.RowsDataModule`.
+            shared: Keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``,
+                ``seed`` and ``chat_template_kwargs``, see :class:`.RowsDataModule`.
         """
         super().__init__(source, tokenizer, batch_size, bucket_batches=8, **shared)
         self.max_length, self.separator, self.train_on_last_step_only = max_length, separator, train_on_last_step_only

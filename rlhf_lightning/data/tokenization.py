@@ -1,44 +1,61 @@
 """Canonical rows to token ids, once, cached: what the collators pad into batches."""
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_lightning.data import notes
 from rlhf_lightning.data.annotations import read_probability
 from rlhf_lightning.data.bad_rows import BadRows, Places
 from rlhf_lightning.data.cache import cached_map
-from rlhf_lightning.data.chat import Piece, conversation_pieces
+from rlhf_lightning.data.demonstration_plans import demonstration_plans, earlier_answers, join_demonstration
 from rlhf_lightning.data.encoding import Encoded as Encoded
-from rlhf_lightning.data.encoding import Encoder, Mask, Masked, Tools
+from rlhf_lightning.data.encoding import Encoder, Mask, Masked
 from rlhf_lightning.data.encoding import encode_messages as encode_messages
 from rlhf_lightning.data.encoding import encode_pair as encode_pair
 from rlhf_lightning.data.encoding import encode_pairs as encode_pairs
 from rlhf_lightning.data.encoding import encode_prompt as encode_prompt
 from rlhf_lightning.data.encoding import encode_text as encode_text
 from rlhf_lightning.data.limits import LARGEST, Limit, apply, longest
-from rlhf_lightning.data.literal import literal
+from rlhf_lightning.data.messages import Message
 from rlhf_lightning.data.prompt_split import prompt_key as prompt_key
 from rlhf_lightning.data.prompt_split import split_by_prompt as split_by_prompt
 from rlhf_lightning.data.rows import BAD, INDEX, ROW_PLACE, WEIGHT, Row, read_weight
+from rlhf_lightning.data.template_inputs import KWARGS, default_variables, inputs_of
+from rlhf_lightning.data.template_inputs import tools_of as tools_of
 from rlhf_lightning.data.tokenizers import tokenizer_fingerprint
-from rlhf_lightning.data.tool_calls import with_objects
+from rlhf_lightning.data.turns import Piece
 from rlhf_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
 CacheDir = str | os.PathLike[str] | None
-Plan = Callable[[Row], list[Piece]]
+Plan = Callable[[Row], list[Piece] | list[list[Piece]]]
+DifferingPrompts = Literal["error", "drop", "accept"]
 Join = Callable[[Row, list[Piece], list[list[int]]], Row]
 IDS = List(Value("int32"))
 FULL_LENGTH = "full_length"  # of a demonstration before it was cut
+EARLIER, SCORED, DIFFERING = "earlier_answers", "scored", "differing_prompts"
+COUNTED = (FULL_LENGTH, EARLIER, SCORED, DIFFERING, *notes.FEATURES)  # columns that serve the limits only
+SKIPS = ("chosen_skips", "rejected_skips", "completion_skips")  # kept where a response has some
+NOTHING_LEARNT = "demonstrations without a token to learn (cut away, or no answer, or only messages of weight 0)"
+UNLEARNT = (
+    "dialogues with earlier answers, which mask 'completion' does not learn; data.mask 'assistant' learns every answer"
+)
+UNSCORED = "without a token to score (every assistant message of a response has weight 0, or it is empty and cut off)"
+DIFFER = (
+    "the user or system turns of the answers differ after these part, so they answer different prompts; set "
+    "data.differing_prompts to 'drop', or to 'accept' to compare them all the same"
+)
 LARGEST_MARGIN = float(np.finfo(np.float32).max)
 
 
@@ -49,10 +66,10 @@ class Tokenization:
     Attributes:
         kind: What errors call the rows.
         encoder: The tokenizer.
-        plan: Cuts a row into the pieces that are encoded.
+        plan: Cuts a row into the pieces that are encoded; a row that becomes several sequences gives a list of pieces each.
         join: Makes the new columns of the row, its pieces and their ids.
         features: Types of the new columns; ``length`` is one of them.
-        limits: What becomes of rows that are too long or teach nothing.
+        limits: How rows are handled that are too long or teach nothing.
         settings: What the new columns depend on beside row and tokenizer; plain data.
         weight: The column of what a row adds to the denominator of the loss; None where each adds 1.
         keeps: Whether the row's own columns stay beside the new ones.
@@ -69,43 +86,65 @@ class Tokenization:
     keeps: bool = False
 
     def encode(self, rows: Sequence[Row], places: Sequence[str]) -> list[Row]:
-        """The new columns of rows, whose ids are made in one call; ``places`` is what errors call them.
+        """The new columns of every sequence that the rows become, see :meth:`encode_each`."""
+        return [made for _, made in self.encode_each(rows, places)]
+
+    def encode_each(self, rows: Sequence[Row], places: Sequence[str]) -> list[tuple[int, Row]]:
+        """The new columns of rows, whose ids are made in one call, each with the index of the row that it comes from.
+
+        Args:
+            rows: Canonical rows.
+            places: What errors call them.
 
         Raises:
             UserError: If one can't be encoded.
         """
-        plans, joined = [], []
-        for place, row in zip(places, rows, strict=True):
+        plans: list[tuple[int, list[Piece]]] = []
+        counts = []
+        for index, (place, row) in enumerate(zip(places, rows, strict=True)):
             with blame(place, row):
-                plans.append(self.plan(row))
-        for place, row, pieces, ids in zip(places, rows, plans, self.encoder.encode_rows(plans), strict=True):
-            with blame(place, row):
-                joined.append(self.join(row, pieces, ids))
+                planned: Any = self.plan(row)
+                several = planned if isinstance(planned[0], list) else [planned]
+                counts.append(notes.notes(row, inputs_of(row), several))
+            plans += [(index, pieces) for pieces in several]
+        joined = []
+        encoded = self.encoder.encode_rows([pieces for _, pieces in plans])
+        for (index, pieces), ids in zip(plans, encoded, strict=True):
+            with blame(places[index], rows[index]):
+                joined.append((index, {**self.join(rows[index], pieces, ids), **counts[index]}))
         return joined
 
+    @property
+    def every_limit(self) -> tuple[Limit, ...]:
+        """The limits, and after them what is only counted, of the rows that are left."""
+        return (*self.limits, *notes.LIMITS)
+
     def remark(self, made: Row, place: str) -> tuple[bool, str | None]:
-        """Whether a tokenized row is kept, and what is to be said and counted of it.
+        """Whether a tokenized row is kept, and what is to be logged and counted of it.
 
         Raises:
             UserError: If a limit refuses it.
         """
-        for limit in self.limits:
+        for limit in self.every_limit:
             number = made[limit.column]
             if limit.least <= number <= limit.most:
                 continue
             if limit.fate == "error":
                 raise UserError(f"{place}: {limit.refusal(number)}")
+            if limit.fate == "note":
+                return True, limit.others
             return limit.fate == "cut" and made[self.weight or "length"] > 0, f"{limit.done}: {limit.others}"
         return True, None
 
-    def encode_each(self, rows: Sequence[Row], places: Sequence[str]) -> list[Row | UserError]:
-        """As :meth:`encode`, with what is wrong in place of a row that can't be encoded."""
+    def try_each(self, rows: Sequence[Row], places: Sequence[str]) -> list[tuple[int, Row | UserError]]:
+        """As :meth:`encode_each`, with what is wrong in place of a row that can't be encoded."""
         try:
-            return list(self.encode(rows, places))
+            return list(self.encode_each(rows, places))
         except UserError as error:
             if len(rows) == 1:
-                return [error]
-            return [self.encode_each([row], [place])[0] for row, place in zip(rows, places, strict=True)]
+                return [(0, error)]
+        both = enumerate(zip(rows, places, strict=True))
+        return [(index, made) for index, (row, place) in both for _, made in self.try_each([row], [place])]
 
     def tokenize(
         self, dataset: Dataset, cache_dir: CacheDir = None, bad: BadRows | None = None, places: Places | None = None
@@ -129,32 +168,38 @@ class Tokenization:
                 name,
                 self.kind,
             )
-        features = Features(
-            {name: dataset.features[name] for name in dataset.column_names if name in own} | self.features
-        )
-        features |= {BAD: Value("string"), INDEX: Value("int64")}
+        given = {name: of for name, of in dataset.features.items() if name in own and name not in notes.FEATURES}
+        features = Features({**given, **self.features, **notes.FEATURES, BAD: Value("string"), INDEX: Value("int64")})
 
         def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
             indices = batch.pop(INDEX, indices)
             rows = [{name: values[position] for name, values in batch.items()} for position in range(len(indices))]
-            made = self.encode_each(rows, [ROW_PLACE] * len(rows))
-            faults = [str(row) if isinstance(row, UserError) else None for row in made]
-            new: dict[str, list[Any]] = {
-                name: [None if isinstance(row, UserError) else row[name] for row in made] for name in self.features
-            }
-            new |= {BAD: faults, INDEX: indices}
-            return {name: new[name] if name in new else batch[name] for name in features}
+            empty = dict.fromkeys(features)
+            made = []
+            for source, new in self.try_each(rows, [ROW_PLACE] * len(rows)):
+                fault = {BAD: str(new)} if isinstance(new, UserError) else {**rows[source], **new, BAD: None}
+                made.append({**empty, **fault, INDEX: indices[source]})
+            return {name: [row[name] for row in made] for name in features}
 
-        settings = {"kind": self.kind, "tokenizer": tokenizer_fingerprint(self.encoder.tokenizer), **self.settings}
+        tokenizer = self.encoder.tokenizer
+        settings = {"kind": self.kind, "tokenizer": tokenizer_fingerprint(tokenizer), **self.settings}
+        settings[KWARGS] = default_variables(tokenizer)
         rows = cached_map(dataset, encode, features=features, settings=settings, cache_dir=cache_dir)
         rows = ledger.take(rows, places or Places("", noun=self.kind)).remove_columns(INDEX)
         if bad is None:
             ledger.settle()
         elif not len(rows):
             raise ledger.error()
-        for limit in self.limits:
+        for limit in self.every_limit:
             rows = apply(limit, rows)
-        return rows.remove_columns(FULL_LENGTH) if FULL_LENGTH in self.features else rows
+        unused = [name for name in SKIPS if name in self.features and not any_items(rows, name)]
+        return rows.remove_columns([*(name for name in COUNTED if name in features), *unused])
+
+
+def any_items(rows: Dataset, column: str) -> bool:
+    """Whether a list of a column has items."""
+    values = rows.select_columns([column]).with_format("arrow")[:][column]
+    return bool(pc.any(pc.greater(pc.list_value_length(values), 0)).as_py())
 
 
 def demonstrations(
@@ -167,79 +212,108 @@ def demonstrations(
     encoder = Encoder(tokenizer)
     stop = max_length if truncation == "right" else None
 
-    def plan(row: Row) -> list[Piece]:
-        return demonstration_pieces(encoder, row, mask)
-
     def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
-        whole = join_demonstration(encoder, row, pieces, ids, mask)
+        whole = join_demonstration(encoder, row, pieces, ids)
         kept = Masked(whole.ids[:stop], [False, *whole.mask[1:stop]])  # nothing predicts the first token
         supervised, weight = sum(kept.mask), read_weight(row)
         lengths = {"length": len(kept.ids), "supervised": supervised, FULL_LENGTH: len(whole.ids)}
         weights = {WEIGHT: weight, "weighted": weight * supervised}
-        return {"input_ids": kept.ids, "response_mask": kept.mask, **lengths, **weights}
+        counts = {EARLIER: earlier_answers(row) if mask == "completion" else 0}
+        return {"input_ids": kept.ids, "response_mask": kept.mask, **lengths, **weights, **counts}
 
-    numbers = {name: Value("int32") for name in ("length", "supervised", FULL_LENGTH)}
+    numbers = {name: Value("int32") for name in ("length", "supervised", FULL_LENGTH, EARLIER)}
     numbers |= {WEIGHT: Value("float32"), "weighted": Value("float64")}
+    advice = "raise data.max_length" + (", or set data.mask to 'assistant'" if mask == "completion" else "")
     return Tokenization(
         "demonstrations",
         encoder,
-        plan,
+        partial(demonstration_plans, encoder, mask=mask),
         join,
         Features({"input_ids": IDS, "response_mask": List(Value("bool")), **numbers}),
         (
             longest(FULL_LENGTH, "demonstration", max_length, {"right": "cut"}.get(truncation, truncation)),
-            Limit("supervised", 1, LARGEST, "drop", "demonstrations without a token to learn (cut away, or no answer)"),
+            Limit("supervised", 1, LARGEST, "drop", NOTHING_LEARNT, advice),
+            Limit(EARLIER, 0, 0, "note", UNLEARNT),
         ),
         {"mask": mask, "stop": stop},
         weight="weighted",
     )
 
 
-def preferences(tokenizer: PreTrainedTokenizerBase, max_length: int = 1024) -> Tokenization:
+def preferences(
+    tokenizer: PreTrainedTokenizerBase, max_length: int = 1024, differing_prompts: DifferingPrompts = "error"
+) -> Tokenization:
     """Of pairs; see :func:`tokenize_preferences`."""
     encoder = Encoder(tokenizer)
 
     def plan(row: Row) -> list[Piece]:
-        return encoder.pair_pieces(row["prompt"], [row["chosen"], row["rejected"]], tools_of(row))
+        if differing_prompts == "error" and prompts_differ([row["chosen"], row["rejected"]]):
+            raise UserError(DIFFER)
+        return encoder.pair_pieces(row["prompt"], [row["chosen"], row["rejected"]], inputs_of(row))
 
     def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
-        *start, left, right = ids
-        prompt = encoder.join_prompt(start)
-        chosen = ended(encoder, left, row.get("chosen_truncated"))
-        rejected = ended(encoder, right, row.get("rejected_truncated"))
-        length = len(prompt) + max(len(chosen), len(rejected))
-        answers = {"chosen_ids": chosen, "rejected_ids": rejected}
+        cut_off = [row.get("chosen_truncated"), row.get("rejected_truncated")]
+        prompt, (chosen, rejected) = encoder.join_responses(pieces, ids, cut_off)
+        length = len(prompt) + max(len(chosen.ids), len(rejected.ids))
+        answers = {"chosen_ids": chosen.ids, "rejected_ids": rejected.ids}
+        skips = {"chosen_skips": chosen.skips, "rejected_skips": rejected.skips}
         said = {"chosen_probability": read_probability(row), WEIGHT: read_weight(row)}
-        return {"prompt_ids": prompt, **answers, "margin": read_margin(row), "length": length, **said}
+        counts = {
+            SCORED: min(chosen.scored, rejected.scored),
+            DIFFERING: int(differing_prompts == "drop" and prompts_differ([row["chosen"], row["rejected"]])),
+        }
+        new = {"prompt_ids": prompt, **answers, **skips, "margin": read_margin(row), "length": length}
+        return {**new, **said, **counts}
 
-    ids = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), IDS)
+    ids = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids", "chosen_skips", "rejected_skips"), IDS)
     numbers = dict.fromkeys(("margin", "chosen_probability", WEIGHT), Value("float32"))
-    features = Features({**ids, **numbers, "length": Value("int32")})
-    return Tokenization("preferences", encoder, plan, join, features, (longest("length", "pair", max_length, "drop"),))
+    counts = dict.fromkeys(("length", SCORED, DIFFERING), Value("int32"))
+    limits = (
+        longest("length", "pair", max_length, "drop"),
+        Limit(SCORED, 1, LARGEST, "drop", f"pairs {UNSCORED}"),
+        Limit(DIFFERING, 0, 0, "drop", "pairs whose user or system turns differ after their answers part"),
+    )
+    features, settings = Features({**ids, **numbers, **counts}), {"differing_prompts": differing_prompts}
+    return Tokenization("preferences", encoder, plan, join, features, limits, settings)
 
 
 def unpaired(tokenizer: PreTrainedTokenizerBase, max_length: int = 1024) -> Tokenization:
-    """Of liked and disliked completions: ``prompt_ids``, ``completion_ids``, ``label`` and ``length``.
+    """Of liked and disliked completions: ``prompt_ids``, ``completion_ids``, ``label`` and ``length``; where some have turns
+    that are not scored, ``completion_skips``, see :class:`.encoding.Response`.
 
-    Those longer than ``max_length`` are left out, and counted aloud. A completion of which the column
-    ``completion_truncated`` (of one half of a pair ``chosen_truncated`` or ``rejected_truncated``) is true gets no EOS.
+    Those longer than ``max_length`` are dropped and counted. A completion of which the column ``completion_truncated`` (of
+    one half of a pair ``chosen_truncated`` or ``rejected_truncated``) is true gets no EOS.
     """
     encoder = Encoder(tokenizer)
 
     def plan(row: Row) -> list[Piece]:
-        return encoder.pair_pieces(row["prompt"], [row["completion"]], tools_of(row))
+        return encoder.pair_pieces(row["prompt"], [row["completion"]], inputs_of(row))
 
     def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
         side = "chosen" if row["label"] else "rejected"
-        cut = row.get("completion_truncated") or row.get(f"{side}_truncated")
-        prompt, completion = encoder.join_prompt(ids[:-1]), ended(encoder, ids[-1], cut)
-        length = len(prompt) + len(completion)
-        return {"prompt_ids": prompt, "completion_ids": completion, "label": row["label"], "length": length}
+        cut_off = row.get("completion_truncated") or row.get(f"{side}_truncated")
+        prompt, (completion,) = encoder.join_responses(pieces, ids, [cut_off])
+        own = {"prompt_ids": prompt, "completion_ids": completion.ids, "completion_skips": completion.skips}
+        length = len(prompt) + len(completion.ids)
+        return {**own, "label": row["label"], "length": length, SCORED: completion.scored}
 
-    numbers = {"label": Value("bool"), "length": Value("int32")}
-    features = Features({"prompt_ids": IDS, "completion_ids": IDS, **numbers})
-    limits = (longest("length", "labelled completion", max_length, "drop"),)
+    numbers = {"label": Value("bool"), "length": Value("int32"), SCORED: Value("int32")}
+    features = Features({**dict.fromkeys(("prompt_ids", "completion_ids", "completion_skips"), IDS), **numbers})
+    limits = (
+        longest("length", "labelled completion", max_length, "drop"),
+        Limit(SCORED, 1, LARGEST, "drop", f"labelled completions {UNSCORED}"),
+    )
     return Tokenization("labelled completions", encoder, plan, join, features, limits)
+
+
+def prompts_differ(responses: Sequence[str | list[Message]]) -> bool:
+    """Whether user or system turns within responses to one prompt are not the same in all: then they answer other prompts."""
+    told = [
+        [(message["role"], message["content"]) for message in response if message["role"] in ("user", "system")]
+        for response in responses
+        if isinstance(response, list)
+    ]
+    return any(turns != told[0] for turns in told[1:])
 
 
 def prompts(
@@ -249,7 +323,7 @@ def prompts(
     encoder = Encoder(tokenizer)
 
     def plan(row: Row) -> list[Piece]:
-        return encoder.prompt_pieces(row["prompt"], tools_of(row))
+        return encoder.prompt_pieces(row["prompt"], inputs_of(row))
 
     def join(row: Row, pieces: list[Piece], ids: list[list[int]]) -> Row:
         prompt = encoder.join_prompt(ids)
@@ -327,53 +401,6 @@ def blame(name: str, row: Row) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{name} ({str(next(iter(row.values())))[:40]!r}...): {error}") from error
-
-
-def demonstration_pieces(encoder: Encoder, row: Row, mask: Mask) -> list[Piece]:
-    """The pieces of a demonstration; prompt and completion stay apart unless every assistant turn is to be found."""
-    if "text" in row:
-        return [Piece(literal(row["text"], []), True)]
-    if "messages" in row:
-        return conversation_pieces(encoder.tokenizer, row["messages"], tools_of(row))
-    if mask == "assistant" and isinstance(row["prompt"], list):
-        return conversation_pieces(encoder.tokenizer, [*row["prompt"], *row["completion"]], tools_of(row))
-    return encoder.pair_pieces(row["prompt"], [row["completion"]], tools_of(row))
-
-
-def join_demonstration(encoder: Encoder, row: Row, pieces: list[Piece], ids: list[list[int]], mask: Mask) -> Masked:
-    """Ids and mask of what :func:`demonstration_pieces` cut."""
-    if "text" in row:
-        whole = encoder.begin(encoder.end(ids[0]))
-        return Masked(whole, [True] * len(whole))
-    if "messages" in row or (mask == "assistant" and isinstance(row["prompt"], list)):
-        return encoder.join_messages(pieces, ids, mask)
-    prompt = encoder.join_prompt(ids[:-1])
-    response = ended(encoder, ids[-1], row.get("completion_truncated"))
-    return Masked([*prompt, *response], [mask == "all"] * len(prompt) + [True] * len(response))
-
-
-def ended(encoder: Encoder, ids: list[int], cut: bool | None) -> list[int]:
-    """A response with its EOS; without, where it was cut off when it was sampled, even if a template has written one."""
-    return encoder.end(ids)[: -1 if cut else None]
-
-
-def tools_of(row: Row) -> Tools:
-    """The tools of a row: a list of JSON schemas, also written as text.
-
-    Raises:
-        UserError: If it is no list of objects, or the text not one in JSON.
-    """
-    tools = row.get("tools") or None
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) or None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"column 'tools' is not JSON: {error}") from error
-    if isinstance(tools, list):
-        tools = [with_objects(tool, "parameters") for tool in tools]
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise UserError(f"column 'tools' holds {tools!r:.60} where a list of JSON schemas belongs")
-    return tools
 
 
 def read_margin(row: Row) -> float:

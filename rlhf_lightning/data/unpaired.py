@@ -38,8 +38,8 @@ class UnpairedDataModule(RowsDataModule):
             max_length: Longest prompt with its completion, in tokens. Longer ones are dropped and counted in the log: to cut
                 them would judge other texts than the annotator saw.
             bucket_batches: So many optimizer steps' rows are sorted by length together: less padding, less randomness.
-            shared: The other keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``
-                and ``seed``, see :class:`.RowsDataModule`.
+            shared: Keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``,
+                ``seed`` and ``chat_template_kwargs``, see :class:`.RowsDataModule`.
         """
         super().__init__(source, tokenizer, batch_size, bucket_batches=bucket_batches, **shared)
         self.max_length = max_length

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from rlhf_lightning.data.loss_flags import without_flags
 from rlhf_lightning.data.messages import Prompt, split_at_answer
 from rlhf_lightning.data.ranked import as_pairs, as_ranking, best
 from rlhf_lightning.data.rows import Example, NoSignalError, Row
@@ -95,13 +96,16 @@ def as_prompt(example: Example) -> Row:
     Raises:
         UserError: If the row is plain text, of which no part is a prompt.
     """
+    prompt: Prompt
     if example.prompt is not None:
-        return {"prompt": example.prompt}
-    if example.messages is None:
+        prompt = example.prompt
+    elif example.messages is None:
         raise UserError("plain text has no prompt; give a column 'prompt'")
-    if example.messages[-1]["role"] != "assistant":
-        return {"prompt": example.messages}
-    return {"prompt": split_at_answer(example.messages, "messages")[0]}
+    elif example.messages[-1]["role"] != "assistant":
+        prompt = example.messages
+    else:
+        prompt = split_at_answer(example.messages, "messages")[0]
+    return {"prompt": prompt if isinstance(prompt, str) else without_flags(prompt)}
 
 
 VIEWS: dict[Kind, Callable[[Example], Row | list[Row]]] = {

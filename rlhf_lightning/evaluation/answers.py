@@ -1,6 +1,6 @@
 """Exported policies answer prompts; their answers are kept with what policy and reference think of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Answers:
         truncated: Whether an answer was cut off before EOS. Shape (n, samples), bool.
         lengths: Tokens, EOS included. Shape (n, samples).
         kl: log policy - log reference of the whole answer, in nats. Shape (n, samples).
+        columns: Other columns of the prompts' rows. Length n each.
     """
 
     prompts: list[Any]
@@ -39,15 +40,17 @@ class Answers:
     truncated: NDArray[np.bool_]
     lengths: NDArray[np.floating]
     kl: NDArray[np.floating]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
 
     def samples(self) -> Samples:
         """All answers in one list, those to one prompt side by side."""
         width = self.truncated.shape[1]
         return Samples(
-            prompts=[prompt for prompt in self.prompts for _ in range(width)],
+            prompts=repeated(self.prompts, width),
             completions=[text for texts in self.texts for text in texts],
             completion_ids=[[] for _ in range(self.truncated.size)],
             truncated=self.truncated.flatten().tolist(),
+            columns={name: repeated(values, width) for name, values in self.columns.items()},
         )
 
 
@@ -70,25 +73,37 @@ class Answerer:
     def _load(self, folder: str | Path) -> Frozen:
         return Frozen(PolicyNetwork(load_causal_lm(ModelSpec(path=str(folder)), self.tokenizer)))
 
-    def answer(self, prompts: list[Any], sampling: SamplingParameters, *, samples: int, seed: int) -> Answers:
-        """Answer every prompt ``samples`` times, from a fixed seed."""
-        parts = []
+    def answer(
+        self,
+        prompts: list[Any],
+        sampling: SamplingParameters,
+        *,
+        samples: int,
+        seed: int,
+        columns: dict[str, list[Any]] | None = None,
+    ) -> Answers:
+        """Answer every prompt ``samples`` times, from a fixed seed; ``columns`` are others of their rows."""
+        parts, columns = [], columns or {}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            repeated = [prompt for prompt in prompts for _ in range(samples)]
-            for start in range(0, len(repeated), BATCH):
-                parts.append(self._batch(repeated[start : start + BATCH], sampling))
+            asked = repeated(prompts, samples)
+            beside = {name: repeated(values, samples) for name, values in columns.items()}
+            for start in range(0, len(asked), BATCH):
+                part = {name: values[start : start + BATCH] for name, values in beside.items()}
+                parts.append(self._batch(asked[start : start + BATCH], sampling, part))
         texts = [text for part in parts for text in part[0]]
-        columns = [
+        numbers = [
             np.concatenate(column).reshape(len(prompts), samples)
             for column in zip(*(p[1:] for p in parts), strict=True)
         ]
-        truncated, lengths, kl = columns
+        truncated, lengths, kl = numbers
         grouped = [texts[i : i + samples] for i in range(0, len(texts), samples)]
-        return Answers(prompts, grouped, truncated.astype(bool), lengths, kl)
+        return Answers(prompts, grouped, truncated.astype(bool), lengths, kl, columns)
 
-    def _batch(self, prompts: list[Any], sampling: SamplingParameters) -> tuple[list[str], Any, Any, Any]:
-        batch = as_prompt_batch(self.tokenizer, prompts, {}, self.device)
+    def _batch(
+        self, prompts: list[Any], sampling: SamplingParameters, columns: dict[str, list[Any]]
+    ) -> tuple[list[str], Any, Any, Any]:
+        batch = as_prompt_batch(self.tokenizer, prompts, columns, self.device)
         network: Any = self.policy.network.network
         responses = generate_responses(batch, network, self.tokenizer, engine_for(sampling), sampling)
         inputs = responses.input_ids, responses.attention_mask, responses.sequence_mask
@@ -100,3 +115,8 @@ class Answerer:
             lengths.cpu().numpy(),
             log_ratio.sum(1).cpu().numpy(),
         )
+
+
+def repeated(values: list[Any], times: int) -> list[Any]:
+    """Each value ``times`` times, copies side by side."""
+    return [value for value in values for _ in range(times)]

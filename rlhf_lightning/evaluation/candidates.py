@@ -15,6 +15,7 @@ from rlhf_lightning.data.bad_rows import Policy
 from rlhf_lightning.data.columns import Columns
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.data.splits import Split, drawn, load_part
+from rlhf_lightning.data.template_inputs import TEMPLATE_COLUMNS
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.native import engine_for
@@ -43,6 +44,8 @@ class PromptRows:
         columns: Which columns are read as which, such as {prompt: question}, as in data modules.
         bad_rows: Whether bad rows end the command or are dropped and counted, as in data modules.
         split: What is held out; the same as in training.
+        chat_template_kwargs: Variables of the chat template; None for those that the policy was trained with, which its
+            tokenizer remembers. A row's own column of that name comes before.
     """
 
     source: Source | str
@@ -52,6 +55,7 @@ class PromptRows:
     columns: Columns | None = None
     bad_rows: Policy = "error"
     split: Split = Split()  # noqa: RUF009  (frozen)
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def load(self) -> Dataset:
         """The rows.
@@ -107,7 +111,16 @@ class Scorer:
                 zip(samples.completions, samples.truncated, samples.completion_ids, strict=True)
             )
         ]
-        return [{"prompt": prompt, "samples": answers[i * n : (i + 1) * n]} for i, prompt in enumerate(rows["prompt"])]
+        # What the prompt was rendered with, so that what learns from the answers renders it alike.
+        inputs = {name: rows[name] for name in TEMPLATE_COLUMNS if name in rows}
+        return [
+            {
+                "prompt": prompt,
+                **{name: values[i] for name, values in inputs.items()},
+                "samples": answers[i * n : (i + 1) * n],
+            }
+            for i, prompt in enumerate(rows["prompt"])
+        ]
 
     def _check_room(self, prompt_length: int) -> None:
         limit = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)

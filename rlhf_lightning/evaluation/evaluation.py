@@ -204,10 +204,13 @@ class RewardEvaluation(Evaluation):
             raise UserError("RewardEvaluation has no reward: give one, or a stage that trains a reward model")
         reward.prepare("cpu")
         held_out = load_part(self.source, "prompts", "validation", self.split, columns=self.columns)
-        prompts = list(drawn(held_out, self.prompts, self.split.seed)["prompt"])
+        columns = drawn(held_out, self.prompts, self.split.seed)[:]
+        prompts = columns.pop("prompt")
         base = next(iter(policies))
         answers = {
-            name: Answerer(path, policies[base]).answer(prompts, self.sampling, samples=self.samples, seed=0)
+            name: Answerer(path, policies[base]).answer(
+                prompts, self.sampling, samples=self.samples, seed=0, columns=columns
+            )
             for name, path in policies.items()
         }
         scores = {name: _scores(reward, given) for name, given in answers.items()}

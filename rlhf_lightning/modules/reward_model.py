@@ -205,8 +205,9 @@ class RewardModelModule(LightningModule):
         scores = scores.mean(dim=-1) if scores.dim() == 2 else scores
         samples = []
         for line, ((_, name), score) in enumerate(zip(lines, scores.tolist(), strict=True)):
-            prompt = ids[line][attention[line] & ~response[line]].tolist()
-            texts = self.tokenizer.batch_decode([prompt, ids[line][response[line]].tolist()], skip_special_tokens=True)
+            before = response[line].cumsum(dim=0) == 0  # a response may hold turns that are not the assistant's
+            parts = [ids[line][attention[line] & own].tolist() for own in (before, ~before)]
+            texts = self.tokenizer.batch_decode(parts, skip_special_tokens=True)
             samples.append(Sample(texts[0], f"{name}: {texts[1]}", score))
         return samples
 

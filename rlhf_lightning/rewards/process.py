@@ -10,6 +10,7 @@ from rlhf_lightning.data.chat import ensure_chat_template
 from rlhf_lightning.data.collate import pad_right
 from rlhf_lightning.data.messages import Prompt
 from rlhf_lightning.data.steps import EncodedSteps, StepEncoder, split_steps
+from rlhf_lightning.data.template_inputs import TemplateInputs, inputs_of_columns
 from rlhf_lightning.data.tokenizers import load_tokenizer, repair_pad_token
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.process import Aggregation, aggregate_steps
@@ -79,7 +80,8 @@ class ProcessReward(Reward):
 
     def score(self, samples: Samples) -> Tensor:
         between = self.split_at if self.split_at is not None else self._ready().separator
-        logits = self.step_logits(samples.prompts, [split_steps(text, between) for text in samples.completions])
+        steps = [split_steps(text, between) for text in samples.completions]
+        logits = self.step_logits(samples.prompts, steps, inputs_of_columns(samples.columns, len(steps)))
         longest = max(map(len, logits), default=1)
         table = torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in logits])
         mask = torch.arange(longest) < torch.tensor([len(row) for row in logits])[:, None]
@@ -100,9 +102,14 @@ class ProcessReward(Reward):
             self._ready().check(steps)
         return [row.sigmoid().tolist() for row in self.step_logits(prompts, solutions)]
 
-    def step_logits(self, prompts: Sequence[Prompt], solutions: Sequence[list[str]]) -> list[Tensor]:
-        """Log-odds that each step is right. Shape (steps,) each, on the CPU."""
-        encoded = self._ready().encode(list(prompts), list(solutions))
+    def step_logits(
+        self,
+        prompts: Sequence[Prompt],
+        solutions: Sequence[list[str]],
+        inputs: Sequence[TemplateInputs] | None = None,
+    ) -> list[Tensor]:
+        """Log-odds that each step is right; ``inputs`` are of each row's chat template. Shape (steps,) each, on the CPU."""
+        encoded = self._ready().encode(list(prompts), list(solutions), inputs)
         # By length, so that a batch holds little padding.
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
         found: dict[int, Tensor] = {}

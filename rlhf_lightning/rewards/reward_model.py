@@ -1,13 +1,15 @@
 """A trained reward model as a reward, with its own tokenizer and template."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_lightning.data.chat import ensure_chat_template
-from rlhf_lightning.data.tokenization import encode_pair
+from rlhf_lightning.data.encoding import encode_pairs
+from rlhf_lightning.data.messages import Prompt
+from rlhf_lightning.data.template_inputs import inputs_of_columns
 from rlhf_lightning.data.tokenizers import load_tokenizer, repair_pad_token
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.ensemble import load_trained, member_folders, members_of
@@ -77,22 +79,25 @@ class RewardModelReward(Reward):
         """Scores of every reward model in the folder. Shape (samples, members), float32."""
         if self.model is None:
             raise UserError("RewardModelReward.prepare(device) comes before score")
-        sequences = [
-            self._encode(prompt, text, cut)
-            for prompt, text, cut in zip(samples.prompts, samples.completions, samples.truncated, strict=True)
-        ]
+        sequences = self._encode(samples)
         # By length, so that a batch holds little padding.
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         found = [self._forward([sequences[i] for i in rows]).reshape(len(rows), -1).cpu() for rows in batches]
         return torch.cat(found)[torch.tensor(order).argsort()]
 
-    def _encode(self, prompt: Any, text: str, truncated: bool) -> Tensor:
-        response = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        encoded = encode_pair(self.tokenizer, prompt, response)
+    def _encode(self, samples: Samples) -> list[Tensor]:
+        responses: list[Prompt] = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(samples.prompts, samples.completions, strict=True)
+        ]
+        inputs = inputs_of_columns(samples.columns, len(responses))
+        encoded = encode_pairs(self.tokenizer, samples.prompts, responses, inputs)
         # A response that never ended is shown to the reward model without the end that it lacks.
-        response_ids = encoded.response_ids[:-1] if truncated else encoded.response_ids
-        return torch.tensor([*encoded.prompt_ids, *response_ids])
+        return [
+            torch.tensor([*pair.prompt_ids, *(pair.response_ids[:-1] if truncated else pair.response_ids)])
+            for pair, truncated in zip(encoded, samples.truncated, strict=True)
+        ]
 
     def _forward(self, sequences: list[Tensor]) -> Tensor:
         assert self.model is not None

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.data.collate import PromptCollator
-from rlhf_lightning.data.encoding import encode_prompt
+from rlhf_lightning.data.encoding import encode_prompts
+from rlhf_lightning.data.template_inputs import inputs_of_columns
 
 
 def as_prompt_batch(
@@ -22,9 +23,10 @@ def as_prompt_batch(
     Args:
         tokenizer: The policy's.
         prompts: Text, or lists of messages.
-        columns: What else is known of them, for rewards.
+        columns: What else is known of them, for rewards; ``tools`` and ``chat_template_kwargs`` go to the chat template.
         device: Where the ids are to be.
     """
-    rows = {"prompt_ids": [encode_prompt(tokenizer, prompt) for prompt in prompts], "prompt": list(prompts)}
+    ids = encode_prompts(tokenizer, prompts, inputs_of_columns(columns, len(prompts)))
+    rows = {"prompt_ids": ids, "prompt": list(prompts)}
     batch = PromptCollator(int(tokenizer.pad_token_id))((rows | columns, 1.0))
     return batch._replace(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device))

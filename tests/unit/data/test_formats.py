@@ -343,6 +343,11 @@ def test_disliked_completions_demonstrate_nothing(caplog):
         ([{"prompt": "q", "chosen": "a", "rejected": None}], "preferences", r"'rejected' is missing or null"),
         ([{"prompt": "q", "completion": "a", "label": None}], "prompts", r"'label' is None; it must be true or false"),
         ([{"prompt": 3}], "prompts", r"'prompt' holds int 3"),
+        (
+            [{"prompt": [*Q, {**bot(""), "tool_calls": [{"name": "f"}]}]}],
+            "prompts",
+            r"ends with an assistant message without text",
+        ),
         ([{"messages": [{"role": "wizard", "content": "x"}]}], "demonstrations", r"role 'wizard'; known: system"),
         ([{"messages": [*Q, bot("")]}], "demonstrations", r"empty assistant message"),
         ([{"messages": Q}], "demonstrations", r"ends with a user message"),
