@@ -72,6 +72,29 @@ GUESSES: dict[Kind, tuple[tuple[str, ...], ...]] = {
 }
 
 
+# A format that does not read such a column most likely reads part of the prompt only.
+PROMPT_LIKE = {
+    *(
+        "prompt",
+        "question",
+        "query",
+        "instruction",
+        "instructions",
+        "problem",
+        "user",
+        "user_input",
+        "user_prompt",
+        "human",
+    ),
+    *("system", "system_prompt", "system_message", "context", "input", "inputs", "history", "chat_history", "passage"),
+    *("document", "messages", "conversation", "conversations", "dialogue", "dialog"),
+}
+MEDIA = {
+    *("image", "images", "image_path", "image_paths", "image_url", "picture", "pictures", "pixel_values", "pil_image"),
+    *("audio", "audios", "audio_path", "speech", "sound", "video", "videos", "video_path", "frames"),
+}
+
+
 @dataclass
 class Suggestion:
     """A format and the columns that it would read.
@@ -82,6 +105,7 @@ class Suggestion:
         matched: How many columns of the format are there, renamed or not.
         missing: Columns that the format needs and nothing looks like.
         used: Columns of the file that it would read.
+        lost: How many columns that look like part of the prompt it would not read.
     """
 
     format: "Format"
@@ -89,6 +113,7 @@ class Suggestion:
     matched: int = 0
     missing: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
+    lost: int = 0
 
 
 def assign(known: "Format", row: Row) -> Suggestion:
@@ -111,7 +136,13 @@ def assign(known: "Format", row: Row) -> Suggestion:
     found.matched = sum(column in places for column in known.columns)
     found.missing = [column for column in known.columns if column not in places]
     found.used = set(places.values())
+    found.lost = sum(fold(name) in PROMPT_LIKE and name not in found.used for name, value in row.items() if value)
     return found
+
+
+def fold(name: str) -> str:
+    """A column's name as it is looked up."""
+    return name.strip().lower().replace("-", "_").replace(" ", "_")
 
 
 def text_prompt(places: dict[str, str], row: Row) -> bool:
@@ -156,7 +187,7 @@ def holds(column: str, value: Any) -> bool:
 def distance(one: Suggestion) -> tuple[int, ...]:
     """Sorts suggestions, the nearest first; formats that only certain rows are in come after others."""
     special = one.format.marks.__name__ != "anything"
-    return len(one.missing), int(special), -one.matched, len(one.names), -len(one.used)
+    return len(one.missing), int(special), one.lost, -one.matched, len(one.names), -len(one.used)
 
 
 def is_mapping(one: Suggestion) -> bool:

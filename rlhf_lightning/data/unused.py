@@ -6,33 +6,11 @@ from typing import TYPE_CHECKING, Any
 from rlhf_lightning.data.columns import ColumnMap, as_yaml
 from rlhf_lightning.data.rows import Row
 from rlhf_lightning.data.sources import Kind
-from rlhf_lightning.data.suggestions import is_mapping, suggestions
+from rlhf_lightning.data.suggestions import MEDIA, PROMPT_LIKE, fold, is_mapping, suggestions
 from rlhf_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from rlhf_lightning.data.formats import Format
-
-# A format that does not read such a column most likely reads part of the prompt only.
-PROMPT_LIKE = {
-    *(
-        "prompt",
-        "question",
-        "query",
-        "instruction",
-        "instructions",
-        "problem",
-        "user",
-        "user_input",
-        "user_prompt",
-        "human",
-    ),
-    *("system", "system_prompt", "system_message", "context", "input", "inputs", "history", "chat_history", "passage"),
-    *("document", "messages", "conversation", "conversations", "dialogue", "dialog"),
-}
-MEDIA = {
-    *("image", "images", "image_path", "image_paths", "image_url", "picture", "pictures", "pixel_values", "pil_image"),
-    *("audio", "audios", "audio_path", "speech", "sound", "video", "videos", "video_path", "frames"),
-}
 
 
 class Watch:
@@ -71,11 +49,6 @@ class Watch:
             if any(text not in (said or "") for text in texts):
                 return name
         return None
-
-
-def fold(name: str) -> str:
-    """A column's name as it is looked up."""
-    return name.strip().lower().replace("-", "_").replace(" ", "_")
 
 
 def leaves(value: Any) -> Iterator[str]:

@@ -262,4 +262,4 @@ def test_many_long_pairs_are_pointed_out(tmp_path, word, caplog):
         (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
         module(str(tmp_path / "r.jsonl"), word, tmp_path, PreferenceDataModule, max_length=6).prepare_data()
         assert f"left out {long} of 20 rows: pairs longer than 6 tokens (max_length)" in caplog.text
-        assert ("more than a tenth of them: raise max_length" in caplog.text) == said
+        assert ("more than a tenth of them: raise data.max_length" in caplog.text) == said
