@@ -249,7 +249,8 @@ def main(args: list[str] | None = None) -> None:
     except RunStopped as stop:
         _say_how_to_go_on(str(stop), args)
     except (UserError, MisconfigurationException) as error:
-        print(f"error: {harmless(one_line(str(error)))}", file=sys.stderr)
+        lines = error.lines if isinstance(error, UserError) else [harmless(one_line(str(error)))]
+        print("error: " + "\n".join(lines), file=sys.stderr)
         raise SystemExit(2) from None
 
 

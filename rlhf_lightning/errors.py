@@ -6,12 +6,17 @@ from pathlib import Path
 class UserError(Exception):
     """Something that the person at the keyboard can put right: a file, a row, a key, a folder.
 
-    The message is one line that names the thing and says what to do. Commands print it without a traceback and exit
-    with code 2. Whatever it quotes can't command the terminal.
+    The message is one line that names the thing and says what to do; a list, as of bad rows, has further lines. Commands
+    print it without a traceback and exit with code 2. Whatever it quotes can't command the terminal.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(harmless(message).replace("\n", r"\n"))  # what is quoted may hold lines
+    def __init__(self, message: str, *more: str) -> None:
+        self.lines = [harmless(line).replace("\n", r"\n") for line in (message, *more)]  # what is quoted may hold lines
+        super().__init__("\n".join(self.lines))
+
+    def __reduce__(self) -> tuple[type["UserError"], tuple[str, ...]]:
+        """Between processes, the lines stay apart."""
+        return type(self), tuple(self.lines)
 
 
 class RunStopped(Exception):

@@ -12,7 +12,9 @@ from rich.progress import track
 from rich.table import Table
 
 from rlhf_lightning.data.cache import dataset_hash
+from rlhf_lightning.data.rows import LEVEL
 from rlhf_lightning.data.seeds import mixed_seed
+from rlhf_lightning.data.splits import level_of
 from rlhf_lightning.data.template_inputs import TEMPLATE_COLUMNS, set_default_variables
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.best_of_n import best_of_n_table
@@ -80,6 +82,8 @@ def sample(
         console.print(f"all {there} prompts have their answers already: nothing is drawn")
     candidates = file.read()
     provenance = {"policy": policy.path, "reward": reward.name, "method": type(method).__name__, "n": n, "seed": seed}
+    # The same hash would send every prompt to the training rows again where these rows are divided.
+    provenance[LEVEL] = level_of(rows) + 1
     kept = select(candidates, method, provenance)
     if not kept:
         raise UserError(f"{type(method).__name__} keeps no answer to any of {len(rows)} prompts; loosen it, or raise n")

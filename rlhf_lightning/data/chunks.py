@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +11,10 @@ import numpy as np
 from datasets import List
 from torch.utils.data import IterableDataset, get_worker_info
 
-from rlhf_lightning.data.formats import Converter, detect_format, find_format
-from rlhf_lightning.data.rows import Row
+from rlhf_lightning.data.bad_rows import BadRows, Places, Policy
+from rlhf_lightning.data.columns import AS_THEY_ARE, ColumnMap
+from rlhf_lightning.data.formats import BESIDE, READ, TEMPLATE, Converter, detect_format, find_format
+from rlhf_lightning.data.rows import BAD, ROW_PLACE, BadRowError, Row
 from rlhf_lightning.data.sources import Kind
 from rlhf_lightning.data.streams import stream_rows
 from rlhf_lightning.data.tokenization import COUNTED, Tokenization
@@ -20,6 +22,16 @@ from rlhf_lightning.errors import UserError
 
 CHUNK_ROWS = 256
 NUMBER = "number of the row"  # the key under which a tokenized row remembers it
+
+
+class Place(NamedTuple):
+    """A row's file, and its index in that file."""
+
+    file: Path
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.row + 1}"
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,9 @@ class Reading:
         columns: Columns of the first row.
         tokenization: Makes the tokenization.
         limit: Number of rows that are read; None for all.
+        mapping: Which columns are read as which.
+        detected: Whether the format was detected.
+        bad_rows: Whether bad rows end the run or are dropped.
     """
 
     files: tuple[Path, ...]
@@ -43,22 +58,25 @@ class Reading:
     columns: tuple[str, ...]
     tokenization: Callable[[], Tokenization]
     limit: int | None = None
+    mapping: ColumnMap = AS_THEY_ARE
+    detected: bool = True
+    bad_rows: Policy = "error"
 
     def converter(self) -> Converter:
         """Converts rows that must be like the first."""
-        converter = Converter(find_format(self.format), self.kind, "")
+        converter = Converter(find_format(self.format), self.kind, "", self.mapping, self.detected)
         converter.shape = self.shape
         return converter
 
-    def rows(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, str, Row | None]]:
+    def rows(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Place, Row | None]]:
         """Number, place and values of every row; None in place of what is not wanted."""
         first = 0
         for file in self.files:
             number = -1
-            for number, row in enumerate(stream_rows(file, partial(shifted, wanted, first))):
+            for number, row in enumerate(stream_rows(file, partial(shifted, wanted, first), mark_bad=True)):
                 if self.limit is not None and first + number >= self.limit:
                     return
-                yield first + number, f"{file}, row {number + 1}", row
+                yield first + number, Place(file, number), None if row is None else self.mapping.apply_row(row)
             first += number + 1
 
 
@@ -68,28 +86,61 @@ def shifted(wanted: Callable[[int], bool], by: int, number: int) -> bool:
 
 
 def make_reading(
-    files: list[Path], kind: Kind, format: str | None, tokenization: Callable[[], Tokenization], limit: int | None
+    files: list[Path],
+    kind: Kind,
+    format: str | None,
+    tokenization: Callable[[], Tokenization],
+    limit: int | None,
+    mapping: ColumnMap = AS_THEY_ARE,
+    bad_rows: Policy = "error",
 ) -> Reading:
     """Look at the first rows to learn what all must be like.
 
     Raises:
         UserError: If the first row is in no known format, or no row has anything to learn.
     """
-    converter = None
+    converter: Converter | None = None
     columns: tuple[str, ...] = ()
-    for _, place, row in Reading(tuple(files), kind, "", "", (), tokenization, limit).rows(lambda number: True):
+    fault = None
+    mapping.check_targets({*READ, *BESIDE[kind], *TEMPLATE, *(mapping.names if kind == "prompts" else ())})
+    unlike = Reading(tuple(files), kind, "", "", (), tokenization, limit, mapping, format is None, bad_rows)
+    for _, place, row in unlike.rows(lambda number: True):
         assert row is not None
-        if converter is None:
-            try:
-                found = find_format(format) if format else detect_format(list(row), row)
-            except UserError as error:
-                raise UserError(f"{place}: {error}") from error
-            converter, columns = Converter(found, kind, str(files[0])), tuple(row)
-            converter.announce()
-        if converter.try_row(row, place):
-            return Reading(tuple(files), kind, converter.format.name, converter.shape, columns, tokenization, limit)
+        if converter is None and row.get(BAD) is None:
+            converter, columns = first_converter(row, place, kind, format, mapping), tuple(row)
+        try:
+            if converter is not None and converter.try_row(row, ROW_PLACE):
+                return replace(unlike, format=converter.format.name, shape=converter.shape, columns=columns)
+        except BadRowError as error:  # reading lists it among the others
+            fault = fault or place_of(place).complete(str(error), place.row)
+    if fault is not None:
+        raise UserError(fault)
     reasons = converter.reasons() if converter is not None else "there is none"
     raise UserError(f"{files[0]}: no row is left for {kind}: {reasons}")
+
+
+def place_of(place: Place) -> Places:
+    """Completes the faults of rows of one file."""
+    return Places(str(place.file))
+
+
+def first_converter(row: Row, place: Place, kind: Kind, format: str | None, mapping: ColumnMap) -> Converter:
+    """What converts rows like the first one.
+
+    Raises:
+        UserError: If it is in no known format, or the mapping names columns that it lacks.
+    """
+    columns = [name for name in row if name not in mapping.unused]
+    try:
+        missing = [source for target, source in mapping.names.items() if target not in row]
+        if missing:
+            raise UserError(f"data.columns names the column '{missing[0]}': found {', '.join(row)}")
+        found = find_format(format) if format else detect_format(columns, mapping.respell_row(row), kind, mapping)
+    except UserError as error:
+        raise UserError(f"{place}: {error.lines[0]}", *error.lines[1:]) from error
+    converter = Converter(found, kind, str(place.file), mapping, format is None)
+    converter.announce(list(row))
+    return converter
 
 
 class Chunk(NamedTuple):
@@ -98,12 +149,16 @@ class Chunk(NamedTuple):
     Attributes:
         rows: Those that are kept.
         remarks: How many were cut or left out, by reason.
-        error: What is wrong with a row; the rows before it in this chunk are then not there either.
+        error: What is wrong with rows, one a line; the other rows of this chunk are then not there either.
+        read: Rows that it was made of.
+        bad: How many of them were dropped because they are bad, and the first of those.
     """
 
     rows: list[Row]
     remarks: Counter[str]
-    error: str | None = None
+    error: tuple[str, ...] | None = None
+    read: int = 0
+    bad: tuple[int, str] = (0, "")
 
 
 class Chunks(IterableDataset[Chunk]):
@@ -122,7 +177,7 @@ class Chunks(IterableDataset[Chunk]):
             return number >= self.first and (number // CHUNK_ROWS - start) % workers == worker
 
         encode = ChunkEncoder(self.reading)
-        gathered: list[tuple[int, str, Row]] = []
+        gathered: list[tuple[int, Place, Row]] = []
         try:
             for number, place, row in self.reading.rows(wanted):
                 if gathered and gathered[0][0] // CHUNK_ROWS != number // CHUNK_ROWS:
@@ -133,7 +188,7 @@ class Chunks(IterableDataset[Chunk]):
             if gathered:
                 yield encode(gathered)
         except UserError as error:  # a worker would wrap it in its traceback
-            yield Chunk([], Counter(), str(error))
+            yield Chunk([], Counter(), tuple(error.lines))
 
 
 class ChunkEncoder:
@@ -145,24 +200,37 @@ class ChunkEncoder:
         lists = {name: of for name, of in self.tokenization.features.items() if isinstance(of, List)}
         self.types = {name: of.feature.dtype for name, of in lists.items()}
 
-    def __call__(self, gathered: list[tuple[int, str, Row]]) -> Chunk:
-        """Raises UserError if a row is malformed, can't be encoded or is refused for its length."""
+    def __call__(self, gathered: list[tuple[int, Place, Row]]) -> Chunk:
+        """Raises UserError if rows are bad and an error, or one is refused for its length."""
         self.converter.dropped = Counter()
+        bad = BadRows(self.reading.bad_rows, len(gathered))
         numbers, places, rows = [], [], []
         for number, place, row in gathered:
-            for new in self.converter.try_row(row, place):
+            try:
+                made_of_row = self.converter.try_row(row, ROW_PLACE)
+            except BadRowError as error:
+                bad.add(str(error), place.row, place_of(place))
+                continue
+            except UserError as error:
+                raise UserError(f"{place}: {error}") from error
+            for new in made_of_row:
+                rows.append({**new, **self.others(row, place)})
                 numbers.append(number)
                 places.append(place)
-                rows.append({**new, **self.others(row, place)})
         kept = []
         remarks = Counter({f"left out: {reason}": count for reason, count in self.converter.dropped.items()})
-        for source, made in self.tokenization.encode_each(rows, places):
+        for source, made in self.tokenization.try_each(rows, [ROW_PLACE] * len(rows)):
             number, place, row = numbers[source], places[source], rows[source]
-            keep, remark = self.tokenization.remark(made, place)
+            if isinstance(made, UserError):
+                bad.add(str(made), place.row, place_of(place))
+                continue
+            keep, remark = self.tokenization.remark(made, str(place))
             remarks.update([remark] if remark else [])
             if keep:
                 kept.append({**(row if self.tokenization.keeps else {}), **self.packed(made), NUMBER: number})
-        return Chunk(kept, remarks)
+        if bad.count and bad.policy == "error":
+            raise bad.error()
+        return Chunk(kept, remarks, None, len(gathered), (bad.count, bad.first[0][1] if bad.first else ""))
 
     def packed(self, made: Row) -> Row:
         """The new columns that batches are made of, with lists as arrays, which take a tenth of the memory."""
@@ -172,7 +240,7 @@ class ChunkEncoder:
             if name not in COUNTED
         }
 
-    def others(self, row: Row, place: str) -> Row:
+    def others(self, row: Row, place: Place) -> Row:
         """The columns that the format does not use; of prompts all have those of the first row, for rewards ask for them."""
         if not self.tokenization.keeps:
             return {name: row[name] for name in self.converter.divide(list(row))[1]}

@@ -34,7 +34,7 @@ class CorruptedSteps(Source):
 
         Args:
             path: File or folder of training rows.
-            validation_path: Of validation rows.
+            validation_path: File or folder of validation rows.
             corrupted: Share of the solutions with a wrong step.
             keep_calculator: Leave GSM8K's annotations such as <<2*3=6>> in: with them a changed number can be told by
                 comparing, without them by reckoning alone.

@@ -2,11 +2,15 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pyarrow as pa
+import pyarrow.parquet
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetsError
 
@@ -24,6 +28,9 @@ KINDS = {
     ".json.gz": "json",
     ".jsonl.gz": "json",
     ".csv": "csv",
+    ".csv.gz": "csv",
+    ".tsv": "csv",
+    ".tsv.gz": "csv",
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".txt": "text",
@@ -42,6 +49,25 @@ LOADER_ERRORS = (
 )
 
 
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files are read.
+
+    Attributes:
+        text_separator: Between the texts of a text file; None for blank lines.
+        mark_bad: Whether rows that can't be read are marked, see :func:`.bad_row`, or refused.
+        text: Columns of CSV that hold text whatever it looks like.
+    """
+
+    text_separator: str | None = None
+    mark_bad: bool = False
+    text: tuple[str, ...] = ()
+
+
+# Of a dataset that was just loaded, the files that its rows are read from.
+FILES: WeakKeyDictionary[Dataset, tuple[tuple[Path, ...], str | None]] = WeakKeyDictionary()
+
+
 def file_type(path: Path) -> str:
     """The ending that says how to read a file: the last, or the last two if it is compressed."""
     name = path.name.lower()
@@ -51,36 +77,40 @@ def file_type(path: Path) -> str:
     return max(matches, key=len)
 
 
-def load_path(path: Path, text_separator: str | None) -> DatasetDict:
+def load_path(path: Path, options: ReadOptions) -> DatasetDict:
     """Every split in a file or folder, under the names that it gives them.
 
     Raises:
         UserError: If it is empty, damaged (names the line where there is one) or of an unknown type.
     """
-    if path.is_dir():
-        splits = load_folder(path, text_separator)
-    else:
-        splits = DatasetDict({"train": load_files([path], path, text_separator)})
+    splits = load_folder(path, options) if path.is_dir() else DatasetDict({"train": load_files([path], path, options)})
     for name, rows in splits.items():
         if not len(rows):
             raise UserError(f"{path} has no rows" + (f" in split '{name}'" if len(splits) > 1 else ""))
     return splits
 
 
-def load_files(files: Sequence[Path], origin: Path, text_separator: str | None) -> Dataset:
+def load_files(files: Sequence[Path], origin: Path, options: ReadOptions) -> Dataset:
     """The rows of files of one type; ``origin`` is what the user named.
 
     Raises:
         UserError: If one is empty or damaged.
     """
-    kind = KINDS[file_type(files[0])]
     for file in files:
         if not file.stat().st_size:
             raise UserError(f"{file} is empty")
+    rows = read_files(files, origin, options)
+    FILES[rows] = tuple(files), options.text_separator
+    return rows
+
+
+def read_files(files: Sequence[Path], origin: Path, options: ReadOptions) -> Dataset:
+    """The rows of files that hold something."""
+    kind = KINDS[file_type(files[0])]
     try:
         if kind in ("json", "csv", "text"):
-            rows = chain.from_iterable(read_rows(file, text_separator) for file in files)
-            key = {"files": content_hash(files), "kind": kind, "separator": text_separator}
+            rows = chain.from_iterable(read_rows(file, options) for file in files)
+            key = {"files": content_hash(files), "kind": file_type(files[0]), **asdict(options)}
             return cached_rows(lambda writer: writer.extend(rows), key)
         if kind == "arrow":
             return concatenate_datasets([Dataset.from_file(str(file)) for file in files])
@@ -92,7 +122,7 @@ def load_files(files: Sequence[Path], origin: Path, text_separator: str | None) 
         raise UserError(f"{origin} can't be read as {kind}: {root_cause(error)}") from error
 
 
-def read_rows(path: Path, text_separator: str | None) -> Iterator[Row]:
+def read_rows(path: Path, options: ReadOptions) -> Iterator[Row]:
     """The rows of a file of text, one after the other.
 
     Raises:
@@ -100,8 +130,21 @@ def read_rows(path: Path, text_separator: str | None) -> Iterator[Row]:
     """
     kind = KINDS[file_type(path)]
     if kind == "text":
-        return read_stories(path, text_separator)
-    return read_csv(path) if kind == "csv" else read_json(path)
+        return read_stories(path, options.text_separator)
+    if kind == "csv":
+        return read_csv(path, options.mark_bad, options.text)
+    return read_json(path, options.mark_bad)
+
+
+@cache
+def count_rows(path: Path, text_separator: str | None) -> int:
+    """How many rows a file has, bad ones included."""
+    kind = KINDS[file_type(path)]
+    if kind == "parquet":
+        return pyarrow.parquet.read_metadata(path).num_rows
+    if kind == "arrow":
+        return len(Dataset.from_file(str(path)))
+    return sum(1 for _ in read_rows(path, ReadOptions(text_separator, mark_bad=True)))
 
 
 def content_hash(files: Sequence[Path]) -> str:
@@ -113,7 +156,7 @@ def content_hash(files: Sequence[Path]) -> str:
     return digest.hexdigest()[:32]
 
 
-def load_folder(path: Path, text_separator: str | None) -> DatasetDict:
+def load_folder(path: Path, options: ReadOptions) -> DatasetDict:
     """A folder that ``save_to_disk`` wrote, or one of data files, whose names may tell splits apart."""
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -129,7 +172,7 @@ def load_folder(path: Path, text_separator: str | None) -> DatasetDict:
     except LOADER_ERRORS as error:
         raise UserError(f"{path} can't be read as a dataset: {root_cause(error)}") from error
     return DatasetDict(
-        {str(split): load_files([Path(file) for file in files], path, text_separator) for split, files in found.items()}
+        {str(split): load_files([Path(file) for file in files], path, options) for split, files in found.items()}
     )
 
 

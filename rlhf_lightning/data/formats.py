@@ -10,22 +10,43 @@ of ``{"role", "content"}`` throughout. Columns that the format does not use stay
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, Features
 
 from rlhf_lightning.data import ranked, readers
 from rlhf_lightning.data.annotations import ANNOTATIONS, annotations
+from rlhf_lightning.data.bad_rows import BadRows, Places, places_of
 from rlhf_lightning.data.cache import cached_rows, dataset_hash
+from rlhf_lightning.data.columns import AS_THEY_ARE, ColumnMap
 from rlhf_lightning.data.messages import is_hh
-from rlhf_lightning.data.rows import WEIGHT, Example, NoSignalError, Row
+from rlhf_lightning.data.nested import decode_cell, padded_columns, without_padding
+from rlhf_lightning.data.rows import (
+    BAD,
+    INDEX,
+    LEVEL,
+    ROW_PLACE,
+    WEIGHT,
+    BadRowError,
+    Example,
+    NoSignalError,
+    Row,
+    UnusedColumnError,
+)
 from rlhf_lightning.data.sources import Kind
+from rlhf_lightning.data.suggestions import is_mapping, suggestions, unknown_format
 from rlhf_lightning.data.tables import HELD_BYTES, RowWriter, collected
+from rlhf_lightning.data.unused import Watch, lost_column
 from rlhf_lightning.data.views import VIEWS
 from rlhf_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
+
+
+def anything(row: Row) -> bool:
+    """True for every row."""
+    return True
 
 
 @dataclass(frozen=True)
@@ -36,6 +57,7 @@ class Format:
         name: What the log and the ``format`` argument call it.
         columns: Columns that it needs.
         read: Reads a row.
+        serves: What its rows can be used for.
         optional: Columns that it uses where they are there.
         marks: Tells it, by the first row, from another format with the same columns.
     """
@@ -43,11 +65,13 @@ class Format:
     name: str
     columns: tuple[str, ...]
     read: Callable[[Row], Example]
+    serves: tuple[Kind, ...]
     optional: tuple[str, ...] = ()
-    marks: Callable[[Row], bool] = field(default=lambda row: True)
+    marks: Callable[[Row], bool] = anything
 
 
 ALPACA_OPTIONAL = ("input", "system", "history")
+SYSTEM = ("system",)
 # The columns of each kind: a row's own of that name give way to them.
 CANONICAL: dict[Kind, tuple[str, ...]] = {
     "demonstrations": ("text", "messages", "prompt", "completion"),
@@ -57,56 +81,99 @@ CANONICAL: dict[Kind, tuple[str, ...]] = {
     "unpaired": ("prompt", "completion", "label"),
     "stepwise": ("prompt", "completions", "labels"),
 }
+# Columns beside those of the format that tokenization reads.
+BESIDE: dict[Kind, tuple[str, ...]] = {
+    "demonstrations": (WEIGHT, "completion_truncated"),
+    "preferences": ("margin", "chosen_truncated", "rejected_truncated", *ANNOTATIONS["preferences"]),
+    "prompts": (),
+    "rankings": ANNOTATIONS["rankings"],
+    "unpaired": ("completion_truncated", "chosen_truncated", "rejected_truncated"),
+    "stepwise": (),
+}
+TEMPLATE = ("tools", "chat_template_kwargs")  # what chat templates take beside messages
 RANKED = ("completions", "ranks")  # as the prompt is, and numbers
 BATCH = 1000  # rows converted together
 
+# What rows can be used for.
+ANSWERS: tuple[Kind, ...] = ("demonstrations", "prompts")
+PAIRS: tuple[Kind, ...] = ("preferences", "demonstrations", "unpaired", "rankings", "prompts")
+RANKINGS: tuple[Kind, ...] = ("rankings", "preferences", "demonstrations", "prompts")
+STEPS: tuple[Kind, ...] = ("stepwise", "demonstrations", "unpaired", "prompts")
+LABELS: tuple[Kind, ...] = ("unpaired", "demonstrations", "prompts")
+
 # The first that fits is taken, so those with more columns come first.
 FORMATS = (
-    Format("sharegpt-preference", ("conversations", "chosen", "rejected"), readers.sharegpt_preference, ("system",)),
-    Format("preference", ("prompt", "chosen", "rejected"), readers.preference),
+    Format("sharegpt-preference", ("conversations", "chosen", "rejected"), readers.sharegpt_preference, PAIRS, SYSTEM),
+    Format("preference", ("prompt", "chosen", "rejected"), readers.preference, PAIRS, SYSTEM),
     Format(
         "alpaca-preference",
         ("instruction", "chosen", "rejected"),
         readers.alpaca_preference,
+        PAIRS,
         (*ALPACA_OPTIONAL, "output"),
     ),
-    Format("hh-rlhf", ("chosen", "rejected"), readers.hh_preference, marks=lambda row: is_hh(row["chosen"])),
-    Format("implicit-preference", ("chosen", "rejected"), readers.implicit_preference),
-    Format("swift-preference", ("messages", "rejected_response"), readers.swift_preference, ("system",)),
-    Format("ranking", ("prompt", "completions", "ranks"), ranked.ranking),
-    Format("ordering", ("prompt", "completions", "ranking"), ranked.ordering),
-    Format("nemo-ranking", ("context", "completions"), ranked.nemo_ranking, marks=ranked.has_rank_objects),
-    Format("stepwise", ("prompt", "completions", "labels"), readers.stepwise),
-    Format("stepwise-ratings", ("prompt", "completions", "ratings"), readers.stepwise_ratings),
-    Format("prm800k", ("question", "label"), readers.prm800k, marks=lambda row: isinstance(row["label"], dict)),
-    Format("unpaired-preference", ("prompt", "completion", "label"), readers.unpaired),
-    Format("prompt-completion", ("prompt", "completion"), readers.prompt_completion),
-    Format("labelled-messages", ("messages", "label"), readers.labelled_messages, ("system",)),
-    Format("labelled-sharegpt", ("conversations", "kto_tag"), readers.labelled_sharegpt, ("system",)),
-    Format("alpaca", ("instruction", "output"), readers.alpaca, ALPACA_OPTIONAL),
-    Format("messages", ("messages",), readers.messages, ("system",)),
-    Format("sharegpt", ("conversations",), readers.sharegpt, ("system",)),
-    Format("prompt-only", ("prompt",), readers.prompt_only),
-    Format("hh-rlhf-text", ("text",), readers.hh_text, marks=lambda row: is_hh(row["text"])),
-    Format("text", ("text",), readers.text),
+    Format(
+        "messages-preference",
+        ("messages", "chosen", "rejected"),
+        readers.messages_preference,
+        PAIRS,
+        SYSTEM,
+        marks=readers.ends_with_question,
+    ),
+    Format("hh-rlhf", ("chosen", "rejected"), readers.hh_preference, PAIRS, marks=lambda row: is_hh(row["chosen"])),
+    Format("implicit-preference", ("chosen", "rejected"), readers.implicit_preference, PAIRS, SYSTEM),
+    Format("swift-preference", ("messages", "rejected_response"), readers.swift_preference, PAIRS, SYSTEM),
+    Format("swift-pairs", ("messages", "rejected_messages"), readers.swift_messages_preference, PAIRS, SYSTEM),
+    Format(
+        "openai-preference", ("input", "preferred_output", "non_preferred_output"), readers.openai_preference, PAIRS
+    ),
+    Format("ranking", ("prompt", "completions", "ranks"), ranked.ranking, RANKINGS, SYSTEM),
+    Format("ordering", ("prompt", "completions", "ranking"), ranked.ordering, RANKINGS, SYSTEM),
+    Format("nemo-ranking", ("context", "completions"), ranked.nemo_ranking, RANKINGS, marks=ranked.has_rank_objects),
+    Format("stepwise", ("prompt", "completions", "labels"), readers.stepwise, STEPS, SYSTEM),
+    Format("stepwise-ratings", ("prompt", "completions", "ratings"), readers.stepwise_ratings, STEPS, SYSTEM),
+    Format("prm800k", ("question", "label"), readers.prm800k, STEPS, marks=lambda row: isinstance(row["label"], dict)),
+    Format("unpaired-preference", ("prompt", "completion", "label"), readers.unpaired, LABELS, SYSTEM),
+    Format("prompt-completion", ("prompt", "completion"), readers.prompt_completion, ANSWERS, SYSTEM),
+    Format("labelled-messages", ("messages", "label"), readers.labelled_messages, LABELS, SYSTEM),
+    Format("labelled-sharegpt", ("conversations", "kto_tag"), readers.labelled_sharegpt, LABELS, SYSTEM),
+    Format("labelled-alpaca", ("instruction", "output", "kto_tag"), readers.labelled_alpaca, LABELS, ALPACA_OPTIONAL),
+    Format("alpaca", ("instruction", "output"), readers.alpaca, ANSWERS, ALPACA_OPTIONAL),
+    Format("messages", ("messages",), readers.messages, ANSWERS, SYSTEM),
+    Format("sharegpt", ("conversations",), readers.sharegpt, ANSWERS, SYSTEM),
+    Format("prompt-only", ("prompt",), readers.prompt_only, ("prompts",), SYSTEM),
+    Format("alpaca-prompt", ("instruction",), readers.alpaca_question, ("prompts",), ALPACA_OPTIONAL),
+    Format("hh-rlhf-text", ("text",), readers.hh_text, ANSWERS, marks=lambda row: is_hh(row["text"])),
+    Format("text", ("text",), readers.text, ("demonstrations",)),
 )
+READ = {column for known in FORMATS for column in (*known.columns, *known.optional)}
 
 
-def detect_format(columns: Sequence[str], first_row: Row) -> Format:
+def detect_format(
+    columns: Sequence[str], first_row: Row, kind: Kind | None = None, given: ColumnMap = AS_THEY_ARE
+) -> Format:
     """The format of rows with these columns.
 
     Args:
         columns: Names of the columns.
         first_row: Tells apart formats with the same columns.
+        kind: What the rows are wanted for: formats that serve it come first.
+        given: The mapping of columns: formats that use what it names come first.
 
     Raises:
-        UserError: If none fits; lists the columns found and those accepted.
+        UserError: If none fits; lists the columns found, the nearest formats and the mapping that would help.
     """
-    for known in FORMATS:
-        if set(known.columns) <= set(columns) and known.marks(first_row):
-            return known
-    accepted = "; ".join(f"{known.name}: {', '.join(known.columns)}" for known in FORMATS)
-    raise UserError(f"unknown format: found columns {', '.join(columns) or '(none)'}; accepted are {accepted}")
+    row = {name: decode_cell(name, value) for name, value in first_row.items()}
+    fitting = [known for known in FORMATS if set(known.columns) <= set(columns) and known.marks(row)]
+    named = [known for known in fitting if given.names.keys() & READ <= {*known.columns, *known.optional}]
+    serving = [known for known in named or fitting if kind is None or kind in known.serves]
+    if serving:
+        return serving[0]
+    row = {name: row.get(name) for name in columns}  # of the columns that are there, whatever else the row holds
+    mapped = kind is not None and any(map(is_mapping, suggestions(FORMATS, row, kind)))
+    if fitting and not mapped:
+        return fitting[0]  # its reader says what the rows lack
+    raise unknown_format(FORMATS, row, kind or "demonstrations", given)
 
 
 def find_format(name: str) -> Format:
@@ -121,7 +188,14 @@ def find_format(name: str) -> Format:
     raise UserError(f"unknown format '{name}'; known: {', '.join(known.name for known in FORMATS)}")
 
 
-def to_canonical(dataset: Dataset, kind: Kind, format: str | None = None, origin: str = "dataset") -> Dataset:
+def to_canonical(
+    dataset: Dataset,
+    kind: Kind,
+    format: str | None = None,
+    origin: str = "dataset",
+    columns: ColumnMap = AS_THEY_ARE,
+    bad: BadRows | None = None,
+) -> Dataset:
     """Bring rows into the canonical columns of ``kind``.
 
     A dataset of pairs or of labelled completions serves demonstrations (what was preferred), one of pairs also unpaired rows
@@ -133,21 +207,36 @@ def to_canonical(dataset: Dataset, kind: Kind, format: str | None = None, origin
         kind: What they are wanted for.
         format: Name of the format, where it should not be detected.
         origin: What errors call the dataset: its file.
+        columns: Which columns are read as which.
+        bad: Takes the bad rows; the result then has a column :data:`.INDEX`. None if they are an error.
 
     Raises:
         UserError: If no format fits, a row is malformed (names row and column), or no row is left.
     """
-    converter = Converter(choose_format(dataset, format, origin), kind, origin)
-    converter.announce()
+    ledger = bad if bad is not None else BadRows()
+    ledger.rows += len(dataset)
+    places = places_of(dataset, origin)
+    dataset = columns.apply(dataset, origin)
+    chosen = choose_format(dataset, format, origin, kind, columns, ledger, places)
+    converter = Converter(chosen, kind, origin, columns, detected=format is None)
+    converter.announce(dataset.column_names)
     used, others = converter.divide(dataset.column_names)
-    if kind == "demonstrations" and WEIGHT in others:
-        log.info("%s: each row weighs in the loss what its column '%s' says", origin, WEIGHT)
+    padded = padded_columns(dataset, others)
+    others = [name for name in others if name not in padded]
     given = Features({name: dataset.features[name] for name in others})
+    read = [
+        *used,
+        *padded,
+        *(name for name in converter.watch(tuple(dataset.column_names)).columns if name not in padded),
+    ]
+    structs = padded_columns(dataset, read)
 
     def fill(writer: RowWriter) -> None:
         beside = dataset.select_columns(others).with_format("arrow").iter(BATCH)
-        for number, columns in enumerate(dataset.select_columns(used).iter(BATCH)):
-            kept, rows = converter.convert_all(columns, first=number * BATCH)
+        for number, batch in enumerate(dataset.select_columns(read).iter(BATCH)):
+            for name in structs:
+                batch[name] = [without_padding(value, dataset.features[name]) for value in batch[name]]
+            kept, rows = converter.convert_all(batch, padded, first=number * BATCH)
             table = next(beside) if others else None
             if rows:
                 writer.write(rows, table.take(kept) if table is not None else None)
@@ -157,12 +246,22 @@ def to_canonical(dataset: Dataset, kind: Kind, format: str | None = None, origin
             log.warning("%s: left out rows without anything to learn: %s", origin, converter.reasons())
 
     if dataset.data.nbytes <= HELD_BYTES:
-        return collected(fill, given)
-    settings = {"format": converter.format.name, "kind": kind}
-    return cached_rows(fill, {"rows": dataset_hash(dataset), **settings}, given)
+        made = collected(fill, given)
+    else:
+        settings = {"format": converter.format.name, "kind": kind, "columns": repr(columns)}
+        made = cached_rows(fill, {"rows": dataset_hash(dataset), **settings}, given)
+    made = ledger.take(made, places)
+    if bad is None:
+        ledger.settle()
+        return made.remove_columns(INDEX)
+    if not len(made):
+        raise ledger.error()
+    return made
 
 
-def choose_format(dataset: Dataset, name: str | None, origin: str) -> Format:
+def choose_format(
+    dataset: Dataset, name: str | None, origin: str, kind: Kind, columns: ColumnMap, bad: BadRows, places: Places
+) -> Format:
     """The format asked for, or the one detected.
 
     Raises:
@@ -170,50 +269,106 @@ def choose_format(dataset: Dataset, name: str | None, origin: str) -> Format:
     """
     if not len(dataset):
         raise UserError(f"{origin} has no rows")
+    names = [column for column in dataset.column_names if column not in (BAD, *columns.unused)]
     try:
-        found = find_format(name) if name else detect_format(dataset.column_names, dataset[0])
+        columns.check_targets({*READ, *BESIDE[kind], *TEMPLATE, *(columns.names if kind == "prompts" else ())})
+        first = first_good_row(dataset)
+        if first is None:
+            bad.take(dataset, places)
+            raise bad.error()
+        found = find_format(name) if name else detect_format(names, columns.respell_row(first), kind, columns)
     except UserError as error:
-        raise UserError(f"{origin}: {error}") from error
-    missing = [column for column in found.columns if column not in dataset.column_names]
+        raise error if bad.count else UserError(f"{origin}: {error.lines[0]}", *error.lines[1:]) from error
+    missing = [column for column in found.columns if column not in names]
     if missing:
-        raise UserError(
-            f"{origin}: format {found.name} needs columns {', '.join(missing)}; found {', '.join(dataset.column_names)}"
-        )
+        raise UserError(f"{origin}: format {found.name} needs columns {', '.join(missing)}; found {', '.join(names)}")
     return found
+
+
+def first_good_row(dataset: Dataset) -> Row | None:
+    """The first row that could be read."""
+    if BAD not in dataset.column_names:
+        return dataset[0]
+    faults = dataset.select_columns([BAD])[BAD][:]
+    return dataset[faults.index(None)] if None in faults else None
 
 
 class Converter:
     """Converts rows one by one and counts what it leaves out."""
 
-    def __init__(self, format: Format, kind: Kind, origin: str) -> None:
-        self.format, self.kind, self.origin = format, kind, origin
+    def __init__(
+        self, format: Format, kind: Kind, origin: str, columns: ColumnMap = AS_THEY_ARE, detected: bool = True
+    ) -> None:
+        """Begin with no row.
+
+        Args:
+            format: Of the rows.
+            kind: What they are wanted for.
+            origin: What the log and errors call their source.
+            columns: Which columns are read as which.
+            detected: Whether the format was detected: one that the user named may ignore other columns of text.
+        """
+        self.format, self.kind, self.origin, self.columns, self.detected = format, kind, origin, columns, detected
         self.dropped: Counter[str] = Counter()
         self.shape = ""
+        read = (*format.columns, *format.optional, *ANNOTATIONS.get(kind, ()))
+        self.read = tuple(name for name in read if name not in columns.unused)
+        self.watches: dict[tuple[str, ...], Watch] = {}
 
-    def announce(self) -> None:
-        """Say what the rows are taken for."""
+    def announce(self, columns: Sequence[str]) -> None:
+        """Say what the rows are taken for, and which columns nothing reads."""
         halves = {
             "demonstrations": " (prompt and chosen answer)",
             "unpaired": " (each pair as a liked and a disliked answer)",
         }
-        pairs = bool({"chosen", "rejected_response"} & set(self.format.columns))
-        taken = halves.get(self.kind, "") if pairs else ""
+        taken = halves.get(self.kind, "") if self.format.serves == PAIRS else ""
         log.info("%s: format %s, used for %s%s", self.origin, self.format.name, self.kind, taken)
+        used, others = self.divide(columns)
+        if self.kind == "demonstrations" and WEIGHT in others:
+            log.info("%s: each row weighs in the loss what its column '%s' says", self.origin, WEIGHT)
+        known = (*used, *BESIDE[self.kind], *TEMPLATE, LEVEL, BAD)
+        unused = [name for name in columns if name not in known]
+        if unused and self.kind == "prompts":
+            log.info("%s: reward functions get the columns %s", self.origin, ", ".join(unused))
+        elif unused:
+            log.info("%s: columns that are not used: %s", self.origin, ", ".join(unused))
 
     def divide(self, columns: Sequence[str]) -> tuple[list[str], list[str]]:
         """The columns that the format uses, and the others, which stay as they are."""
-        read = (*self.format.columns, *self.format.optional, *ANNOTATIONS.get(self.kind, ()))
-        used = [name for name in columns if name in read]
+        used = [name for name in columns if name == BAD or name in self.read]
         # Alpaca's rows repeat themselves in a column "text": it is not to be taken for what is learnt.
         return used, [name for name in columns if name not in (*used, *CANONICAL[self.kind])]
 
-    def convert_all(self, columns: dict[str, list[Any]], first: int = 0) -> tuple[list[int], list[Row]]:
-        """Places in this batch of the rows that are kept, and their canonical columns; ``first`` numbers its first row."""
+    def watch(self, columns: tuple[str, ...]) -> Watch:
+        """Those of the columns that the format does not use and that may not be lost."""
+        if columns not in self.watches:
+            self.watches[columns] = Watch(columns, self.read, self.columns.unused, self.detected)
+        return self.watches[columns]
+
+    def convert_all(
+        self, columns: dict[str, list[Any]], copied: Sequence[str] = (), first: int = 0
+    ) -> tuple[list[int], list[Row]]:
+        """Convert a batch of rows.
+
+        Args:
+            columns: Of the batch.
+            copied: Columns that the new rows keep.
+            first: Index of the first row.
+
+        Returns:
+            For each new row the position in this batch of the one that it is made of, and its canonical columns, with its
+            index and, of a bad row, only what is wrong with it.
+        """
         kept: list[int] = []
         rows: list[Row] = []
         for place, values in enumerate(zip(*columns.values(), strict=True)):
-            new = self.try_row(dict(zip(columns, values, strict=True)), f"{self.origin}, row {first + place + 1}")
-            rows += new
+            row = dict(zip(columns, values, strict=True))
+            beside = {INDEX: first + place, **{name: row[name] for name in copied}}
+            try:
+                new = self.try_row(row, ROW_PLACE)
+            except BadRowError as error:
+                new = [{BAD: str(error)}]
+            rows += [made | beside for made in new]
             kept += [place] * len(new)
         return kept, rows
 
@@ -221,15 +376,37 @@ class Converter:
         """The canonical columns of the rows that one makes: none if there is nothing to learn from it, which is counted.
 
         Raises:
-            UserError: If it is malformed; names its place.
+            BadRowError: If it is malformed; names its place.
+            UserError: If a column of it would be lost.
         """
+        if row.get(BAD) is not None:
+            raise BadRowError(row[BAD])
+        row = self.respelt(row)
+        watch = self.watch(tuple(row))
+        lost = watch.lost(row, self.read) if watch.columns else None
+        if lost is not None:
+            raise self.lost(lost, row)
         try:
             return self.convert(row)
         except NoSignalError as reason:
             self.dropped[str(reason)] += 1
             return []
+        except UnusedColumnError as error:
+            raise self.lost(str(error), row) from error
         except UserError as error:
-            raise UserError(f"{place} (read as {self.format.name}): {error}") from error
+            raise BadRowError(f"{place} (read as {self.format.name}): {error}") from error
+
+    def respelt(self, row: Row) -> Row:
+        """The row without what is left out, JSON text in cells read, and messages in the keys that readers know."""
+        read = {name: decode_cell(name, value) for name, value in row.items() if name not in self.columns.unused}
+        if self.columns.keys or self.columns.roles:
+            read |= {name: self.columns.respell(read[name]) for name in self.read if name in read}
+        return read
+
+    def lost(self, column: str, row: Row) -> UserError:
+        """The error about a column that would be lost."""
+        error = lost_column(column, row, self.format, FORMATS, self.kind, self.columns)
+        return UserError(f"{self.origin}: {error}" if self.origin else str(error))
 
     def convert(self, row: Row) -> list[Row]:
         """The canonical columns of what one row makes, all like the first: text throughout, or messages throughout."""

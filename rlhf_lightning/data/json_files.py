@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from rlhf_lightning.data.rows import Row
+from rlhf_lightning.data.rows import Row, bad_row
 from rlhf_lightning.data.text_files import CHUNK, reading
 from rlhf_lightning.errors import UserError
 
@@ -20,18 +20,22 @@ SPACE = re.compile(r"[ \t\n\r]*")
 LONGEST_HALF = 16
 
 
-def read_json(path: Path) -> Iterator[Row]:
+def read_json(path: Path, mark_bad: bool = False) -> Iterator[Row]:
     """The rows of a JSON file, a list or an object on every line.
+
+    Args:
+        path: The file.
+        mark_bad: Give a :func:`.bad_row` in place of a row that can't be read, where the rows after it can be.
 
     Raises:
         UserError: If it is damaged; names the line.
     """
-    for row in json_rows(path, lambda number: True):
+    for row in json_rows(path, lambda number: True, mark_bad):
         assert row is not None
         yield row
 
 
-def json_rows(path: Path, wanted: Callable[[int], bool]) -> Iterator[Row | None]:
+def json_rows(path: Path, wanted: Callable[[int], bool], mark_bad: bool = False) -> Iterator[Row | None]:
     """As :func:`read_json`, but None for a row whose number, from 0, is not wanted: such a line is not parsed.
 
     Raises:
@@ -39,7 +43,10 @@ def json_rows(path: Path, wanted: Callable[[int], bool]) -> Iterator[Row | None]
     """
     with reading(path) as file:
         rows = json_list if first_character(file) == "[" else json_lines
-        yield from rows(path, file, wanted)
+        for row in rows(path, file, wanted):
+            if isinstance(row, UserError) and not mark_bad:
+                raise row
+            yield bad_row(row, path) if isinstance(row, UserError) else row
 
 
 def first_character(file: IO[str]) -> str:
@@ -51,28 +58,31 @@ def first_character(file: IO[str]) -> str:
     return found
 
 
-def json_lines(path: Path, file: IO[str], wanted: Callable[[int], bool]) -> Iterator[Row | None]:
-    """One JSON object with content on every line; blank lines only at the end."""
-    blank = None
+def json_lines(path: Path, file: IO[str], wanted: Callable[[int], bool]) -> Iterator[Row | UserError | None]:
+    """One JSON object with content on every line, or what is wrong with the line; blank lines only at the end."""
+    blank: list[int] = []
     for number, line in enumerate(file, start=1):
         if not line.strip():
-            blank = blank or number
+            blank.append(number)
             continue
-        if blank:
-            raise UserError(f"{path}, line {blank}: an empty line between rows; remove it")
-        if not wanted(number - 1):
-            yield None
-            continue
-        place = f"{path}, line {number}"
-        try:
-            row = DECODER.decode(line.rstrip("\n"))
-        except (ValueError, RecursionError) as error:
-            raise not_json(error, place, line) from error
-        yield check_row(row, place, line)
+        for empty in blank:
+            error = UserError(f"{path}, line {empty}: an empty line between rows; remove it")
+            yield error if wanted(empty - 1) else None
+        blank = []
+        yield json_line(f"{path}, line {number}", line) if wanted(number - 1) else None
 
 
-def json_list(path: Path, file: IO[str], wanted: Callable[[int], bool]) -> Iterator[Row | None]:
-    """A JSON list of objects with content."""
+def json_line(place: str, line: str) -> Row | UserError:
+    """The row of a line, or what is wrong with it."""
+    try:
+        row = DECODER.decode(line.rstrip("\n"))
+    except (ValueError, RecursionError) as error:
+        return not_json(error, place, line)
+    return checked(row, place, line)
+
+
+def json_list(path: Path, file: IO[str], wanted: Callable[[int], bool]) -> Iterator[Row | UserError | None]:
+    """A JSON list of objects with content, or what is wrong with one of them."""
     text = Text(path, file)
     text.take("[")
     number = 0
@@ -81,7 +91,7 @@ def json_list(path: Path, file: IO[str], wanted: Callable[[int], bool]) -> Itera
             number += 1
             place = f"{path}, row {number}"
             row, source = text.value(place)
-            yield check_row(row, place, source) if wanted(number - 1) else None
+            yield checked(row, place, source) if wanted(number - 1) else None
             if text.peek() == "]":
                 break
             text.take(",")
@@ -114,7 +124,13 @@ class Text:
         self.position += 1
 
     def value(self, name: str) -> tuple[Any, str]:
-        """The next value, which errors call ``name``, and the text that it was parsed from."""
+        """The next value, which errors call ``name``, and the text that it was parsed from.
+
+        A UserError in place of a value says why it is refused, where the document can be read on behind it.
+
+        Raises:
+            UserError: If the document is damaged.
+        """
         self.peek()
         while True:
             try:
@@ -126,10 +142,24 @@ class Text:
                     raise found from error
                 continue
             except (ValueError, RecursionError) as error:
-                raise not_json(error, name) from error
+                if not self.skip():
+                    raise not_json(error, name) from error
+                return not_json(error, name), ""
             if end < len(self.buffer) or not self.more():  # 12 may be the beginning of 123
                 source, self.position = self.buffer[self.position : end], end
                 return value, source
+
+    def skip(self) -> bool:
+        """Go past a value that is JSON but no row, such as an object with a key twice; False if its end is not found."""
+        while True:
+            try:
+                _, self.position = LENIENT.raw_decode(self.buffer, self.position)
+                return True
+            except json.JSONDecodeError:
+                if not self.more():
+                    return False
+            except (ValueError, RecursionError):
+                return False
 
     def more(self) -> bool:
         """Read on, by as much again as is being parsed, and forget what has been parsed; False at the end of the file."""
@@ -181,6 +211,17 @@ def whole_number(digits: str) -> int:
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=without_twins, parse_int=whole_number)
+LENIENT = json.JSONDecoder(parse_int=str)
+
+
+def checked(row: Any, place: str, source: str) -> Row | UserError:
+    """The row, or what is wrong with it."""
+    if isinstance(row, UserError):
+        return row
+    try:
+        return check_row(row, place, source)
+    except UserError as error:
+        return error
 
 
 def check_row(row: Any, place: str, source: str) -> Row:

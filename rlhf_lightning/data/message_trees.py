@@ -19,7 +19,11 @@ class MessageTreeSource(Source):
     """A .jsonl of message trees, as oasst1 and oasst2 have them: a ranking for each message with two ranked replies or more."""
 
     def __init__(self, path: str) -> None:
-        """``path`` is the file, such as ``2023-04-12_oasst_ready.trees.jsonl``, not compressed."""
+        """Remember where to look.
+
+        Args:
+            path: The file, such as ``2023-04-12_oasst_ready.trees.jsonl``, not compressed.
+        """
         self.path = path
 
     def __str__(self) -> str:

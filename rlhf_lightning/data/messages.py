@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_lightning.data.loss_flags import FLAGS, read_flag
+from rlhf_lightning.data.tool_calls import parse_json, read_tool_calls
 from rlhf_lightning.errors import UserError
 
 Message = dict[str, Any]
@@ -12,18 +13,26 @@ Prompt = str | list[Message]
 
 ROLES = {
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
+    "chatbot": "assistant",
+    "chatgpt": "assistant",
     "model": "assistant",
     "observation": "tool",
+    "function": "tool",
     "tool_response": "tool",
     "function_response": "tool",
     "function_call": "assistant",
     "developer": "system",
 }
-# What an assistant message may hold in place of content.
-SAID_BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 KNOWN_ROLES = ("system", "user", "assistant", "tool")
+# Other names of the keys of a message.
+SPEAKER_KEYS = ("speaker", "author", "sender", "who", "name", "participant", "agent")
+SPOKEN_KEYS = ("text", "message", "utterance", "said", "body", "msg")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # what the assistant thinks before it speaks
+TEXT_PARTS = ("text", "input_text", "output_text")
 
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -43,25 +52,66 @@ def read_message(value: object, column: str, *, may_be_empty: bool = False) -> M
 
     A message that is not to be learnt has ``train`` false, see :mod:`.loss_flags`.
 
+    Args:
+        value: The message.
+        column: What errors call its column.
+        may_be_empty: Whether the assistant may say nothing at all, as a rejected response may.
+
     Raises:
         UserError: If it has no known role, or no content where the role needs some.
     """
     if not isinstance(value, dict):
         raise UserError(f"column '{column}' holds {value!r:.60} where a message {{role, content}} belongs")
     given = value.get("role") or value.get("from")
-    role = ROLES.get(str(given), given)
-    if role not in KNOWN_ROLES:
+    if given is None:
         raise UserError(
-            f"column '{column}' has a message with role {given!r}; known: {', '.join([*KNOWN_ROLES, *ROLES])}"
+            f"column '{column}' has a message without a role, with keys {', '.join(value)}; {key_advice(value)}"
         )
+    role = read_role(given)
+    if role is None:
+        raise UserError(
+            f"column '{column}' has a message with role {given!r}; known: {', '.join([*KNOWN_ROLES, *ROLES])}; "
+            f"others are named in data.columns: {{roles: {{{given}: user}}}}"
+        )
+    if "tool_calls" in value or "function_call" in value:
+        value = read_tool_calls(value)
     said = value.get("content")
     content = flatten_content(value.get("value") if said is None else said, column)
-    says_something = role == "assistant" and any(value.get(name) for name in SAID_BESIDE_CONTENT)
-    if not content.strip() and role != "tool" and not says_something and not may_be_empty:
+    if not content.strip() and role != "tool" and not (role == "assistant" and (may_be_empty or says_otherwise(value))):
         raise UserError(f"column '{column}' has an empty {role} message")
     spelt = ("role", "from", "content", "value", *FLAGS)
     extras = {k: v for k, v in value.items() if k not in spelt and v is not None}
     return {"role": role, "content": content, **extras, **read_flag(value, column)}
+
+
+def says_otherwise(message: Message) -> bool:
+    """Whether a message without content says something all the same."""
+    return any(message.get(key) for key in ("tool_calls", *REASONING))
+
+
+def read_role(name: object) -> str | None:
+    """The role of a speaker, whatever the case of its name; None where it is unknown."""
+    if isinstance(name, str) and name in KNOWN_ROLES:
+        return name
+    folded = str(name).strip().lower()
+    role = ROLES.get(folded, folded)
+    return role if role in KNOWN_ROLES else None
+
+
+def key_advice(message: Message) -> str:
+    """How to name the keys of a message that are spelt otherwise."""
+    role, content = likely_keys([message])
+    return f"name them: data.columns: {{role: {role or '...'}, content: {content or '...'}}}"
+
+
+def likely_keys(messages: Sequence[Message]) -> tuple[str | None, str | None]:
+    """The keys under which messages most likely have their role and their content."""
+    texts = [key for key in messages[0] if all(isinstance(message.get(key), str) for message in messages)]
+    usual = [key for key in ("role", "from", *SPEAKER_KEYS) if key in texts]
+    spoken = [key for key in ("content", "value", *SPOKEN_KEYS) if key in texts]
+    readable = [key for key in texts if all(read_role(message[key]) for message in messages)]
+    role = next((key for key in (*usual, *readable, *texts) if key not in spoken), None)
+    return role, next((key for key in (*spoken, *texts[::-1]) if key != role), None)
 
 
 def flatten_content(content: object, column: str) -> str:
@@ -71,12 +121,22 @@ def flatten_content(content: object, column: str) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-    if all(isinstance(text, str) for text in texts):
+    texts = [text_of(part) for part in parts]
+    if None not in texts:
         return "".join(map(str, texts))
-    raise UserError(
-        f"column '{column}' has message content that is not text: {content!r:.60}; images are not supported"
-    )
+    other = parts[texts.index(None)]
+    media = isinstance(other, dict) and any(word in str(other.get("type")) for word in ("image", "audio", "video"))
+    reason = f"; {other['type']} parts are not supported" if isinstance(other, dict) and media else ""
+    raise UserError(f"column '{column}' has message content that is not text: {content!r:.60}{reason}")
+
+
+def text_of(part: object) -> str | None:
+    """The text of a part of a message, under whichever key it stands; None where the part is something else."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict) or part.get("type", "text") not in TEXT_PARTS:
+        return None
+    return next((part[key] for key in ("text", "value", "content") if isinstance(part.get(key), str)), None)
 
 
 def read_messages(value: object, column: str, *, may_be_empty: bool = False) -> list[Message]:
@@ -87,6 +147,8 @@ def read_messages(value: object, column: str, *, may_be_empty: bool = False) -> 
     """
     if isinstance(value, dict):  # ShareGPT pairs hold one answer as a bare message
         value = [value]
+    if isinstance(value, str) and value.strip():
+        raise UserError(f"column '{column}' is text where messages belong: {not_messages(value)}")
     if not isinstance(value, list) or not value:
         raise UserError(f"column '{column}' is {'empty' if value in (None, [], '') else 'not a list of messages'}")
     last = len(value) - 1
@@ -94,6 +156,13 @@ def read_messages(value: object, column: str, *, may_be_empty: bool = False) -> 
         read_message(message, column, may_be_empty=may_be_empty and index == last)
         for index, message in enumerate(value)
     ]
+
+
+def not_messages(text: str) -> str:
+    """Why a text is no list of messages."""
+    if text.lstrip().startswith(("[{'", "{'")):
+        return "it is Python's spelling of a list, not JSON; write it with json.dumps"
+    return "it is JSON, but no list of messages" if parse_json(text) is not None else f"not JSON, {text!r:.40}"
 
 
 def answer_start(messages: Sequence[Message]) -> int:

@@ -1,4 +1,4 @@
-"""What the three data modules share: find the tokenizer, load and split the rows, tokenize once, hand out loaders."""
+"""What the data modules share: find the tokenizer, load and split the rows, tokenize once, hand out loaders."""
 
 import hashlib
 import logging
@@ -12,8 +12,10 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_lightning.data.bad_rows import BadRows, Policy
 from rlhf_lightning.data.cache import dataset_hash
 from rlhf_lightning.data.chunks import make_reading
+from rlhf_lightning.data.columns import Columns, parse_columns
 from rlhf_lightning.data.limits import numbers
 from rlhf_lightning.data.loaders import RowLoader, make_loader, placement, whereabouts
 from rlhf_lightning.data.sources import Kind, Source
@@ -40,16 +42,45 @@ class RowsDataModule(lightning.LightningDataModule):
     def __init__(
         self,
         source: Source | str,
-        tokenizer: str | None,
-        batch_size: int,
-        format: str | None,
-        split: Split,
-        num_workers: int,
-        seed: int,
+        tokenizer: str | None = None,
+        batch_size: int = 32,
+        format: str | None = None,
+        columns: Columns | None = None,
+        bad_rows: Policy = "error",
+        split: Split = Split(),  # noqa: B008  (frozen)
+        num_workers: int = 0,
+        seed: int = 0,
         bucket_batches: int = 1,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
+        """Keys that all data modules have.
+
+        Args:
+            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``.
+            tokenizer: Folder or hub id; None for the one of the model in training, else the source's own.
+            batch_size: Rows a batch on one rank.
+            format: Name of the row format where it should not be detected: sharegpt-preference, preference, alpaca-preference,
+                messages-preference, hh-rlhf, implicit-preference, swift-preference, swift-pairs, openai-preference, ranking,
+                ordering, nemo-ranking, stepwise, stepwise-ratings, prm800k, unpaired-preference, prompt-completion,
+                labelled-messages, labelled-sharegpt, labelled-alpaca, alpaca, messages, sharegpt, prompt-only, alpaca-prompt,
+                hh-rlhf-text or text.
+            columns: The file's column for each column of the format, such as {prompt: question, completion: answer}; a null
+                leaves a column out ({system: null}). Of messages inside a conversation, ``role``, ``content`` and
+                ``tool_calls`` name their keys and ``roles`` translates their speakers: {messages: dialogue, role: speaker,
+                content: text, roles: {Client: user, Agent: assistant}}.
+            bad_rows: What happens to rows that can't be read, converted or tokenized. With "error" they end the run, after all
+                of them are found. With "drop" they are dropped and counted; more than 5 % are an error.
+            split: What is held out, and how many training rows are kept: {validation: 0.05, seed: 0, limit: null}.
+            num_workers: Processes that load batches.
+            seed: Of the order of the rows.
+            bucket_batches: So many optimizer steps' rows are sorted by length together: less padding, less randomness.
+            chat_template_kwargs: Variables of the chat template, by name, such as ``{enable_thinking: false}``; a row's own
+                column of that name comes before. They are saved with the tokenizer of the export: `chat`, `sample`, evaluation
+                and later stages render with them too.
+        """
         super().__init__()
+        parse_columns(columns)  # what is wrong with it is said before anything is loaded
+        self.columns, self.bad_rows = columns, bad_rows
         self.source, self.tokenizer_path, self.format, self.split = source, tokenizer, format, split
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.bucket_batches, self.chat_template_kwargs = bucket_batches, chat_template_kwargs
@@ -80,8 +111,14 @@ class RowsDataModule(lightning.LightningDataModule):
     def _load(self) -> None:
         self.tokenizer = find_tokenizer(self.tokenizer_path, self.source, self.trainer)
         set_default_variables(self.tokenizer, self.chat_template_kwargs)
-        splits = load_splits(self.source, self.kind, self.format, self.split)
-        self.rows = {name: self.tokenization()().tokenize(rows) for name, rows in splits.items()}
+        bad = BadRows(self.bad_rows)
+        splits = load_splits(self.source, self.kind, self.format, self.split, self.columns, bad)
+        tokenization = self.tokenization()()
+        self.rows = {
+            name: tokenization.tokenize(rows, bad=bad, places=bad.places.get(name, bad.places.get("train")))
+            for name, rows in splits.items()
+        }
+        bad.settle()
 
     def loader(self, name: str, *, shuffle: bool) -> RowLoader:
         """A loader over one split."""
@@ -102,7 +139,15 @@ class RowsDataModule(lightning.LightningDataModule):
         """A loader over training rows that are read while it runs."""
         files = source.files()
         return StreamLoader(
-            make_reading(files, self.kind, self.format, self.tokenization(), self.split.limit),
+            make_reading(
+                files,
+                self.kind,
+                self.format,
+                self.tokenization(),
+                self.split.limit,
+                parse_columns(self.columns),
+                self.bad_rows,
+            ),
             self.collator(),
             batch_size=self.batch_size,
             seed=self.seed,

@@ -7,7 +7,6 @@ from typing import Any
 from rlhf_lightning.data.collate import PreferenceCollator
 from rlhf_lightning.data.module import RowsDataModule
 from rlhf_lightning.data.sources import Source
-from rlhf_lightning.data.splits import Split
 from rlhf_lightning.data.tokenization import DifferingPrompts, Tokenization, preferences
 
 
@@ -22,27 +21,26 @@ class PreferenceDataModule(RowsDataModule):
         tokenizer: str | None = None,
         batch_size: int = 32,
         max_length: int = 1024,
-        format: str | None = None,
-        split: Split = Split(),  # noqa: B008  (frozen)
-        num_workers: int = 0,
-        seed: int = 0,
         bucket_batches: int = 8,
         differing_prompts: DifferingPrompts = "error",
-        chat_template_kwargs: dict[str, Any] | None = None,
+        **shared: Any,
     ) -> None:
-        """Remember what to load; arguments as in :class:`.demonstrations.DemonstrationDataModule`.
-
-        ``batch_size`` counts pairs. Pairs of which one side is longer than ``max_length`` are dropped: to cut them would
-        compare other texts than the annotator saw. The log-probabilities of a response are those of its assistant turns; a
-        reward model reads all of it.
+        """The keys of the rows, and those that all data modules have.
 
         Args:
+            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``.
+            tokenizer: Folder or hub id; None for the one of the model in training, else the source's own.
+            batch_size: Pairs a batch on one rank.
+            max_length: Longest prompt with a response, in tokens. Pairs of which one side is longer are dropped and counted in
+                the log: to cut them would compare other texts than the annotator saw. The log-probabilities of a response are
+                those of its assistant turns; a reward model reads all of it.
+            bucket_batches: So many optimizer steps' rows are sorted by length together: less padding, less randomness.
             differing_prompts: How pairs are handled whose user or system turns differ after their answers part, so that they
                 answer different prompts: "error", "drop" (counted), or "accept" to compare them all the same.
+            shared: Keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``,
+                ``seed`` and ``chat_template_kwargs``, see :class:`.RowsDataModule`.
         """
-        super().__init__(
-            source, tokenizer, batch_size, format, split, num_workers, seed, bucket_batches, chat_template_kwargs
-        )
+        super().__init__(source, tokenizer, batch_size, bucket_batches=bucket_batches, **shared)
         self.max_length = max_length
         self.differing_prompts: DifferingPrompts = differing_prompts
 

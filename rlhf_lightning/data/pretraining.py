@@ -32,28 +32,22 @@ class PretrainingMixDataModule(PromptDataModule):
         tokenizer: str | None = None,
         batch_size: int = 128,
         max_prompt_length: int = 512,
-        split: Split = Split(),  # noqa: B008  (frozen)
-        num_workers: int = 0,
-        seed: int = 0,
-        chat_template_kwargs: dict[str, Any] | None = None,
+        **shared: Any,
     ) -> None:
-        """Remember what to load; arguments as in :class:`.prompts.PromptDataModule`, and these.
+        """The keys of the rows, and those that all data modules have.
 
         Args:
+            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``.
+            tokenizer: Folder or hub id; None for the one of the model in training, else the source's own.
             pretraining: A world, or the path of a file or folder, or a hub id: text, all of which is learnt.
             rows_per_prompt: Rows of it beside each prompt; InstructGPT takes 8.
-            max_length: Longest row in tokens; longer ones lose their end.
+            max_length: Longest row in tokens; longer ones lose their end, and are counted in the log.
+            batch_size: Prompts an iteration on one rank, a response each.
+            max_prompt_length: Longest prompt in tokens.
+            shared: Keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``,
+                ``seed``, ``chat_template_kwargs``, ``long_prompts`` and ``validation_prompts``, see :class:`.PromptDataModule`.
         """
-        super().__init__(
-            source,
-            tokenizer,
-            batch_size,
-            max_prompt_length,
-            split=split,
-            num_workers=num_workers,
-            seed=seed,
-            chat_template_kwargs=chat_template_kwargs,
-        )
+        super().__init__(source, tokenizer, batch_size, max_prompt_length, **shared)
         if rows_per_prompt < 1:
             raise UserError(f"data.rows_per_prompt is at least 1, not {rows_per_prompt}")
         self.pretraining, self.rows_per_prompt, self.max_length = pretraining, rows_per_prompt, max_length

@@ -22,7 +22,12 @@ def row_key(row: dict[str, Any]) -> str:
     return prompt_key(row["messages"][:-1] if "messages" in row else row["text"])
 
 
-def split_by_prompt(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+def key_columns(rows: Dataset) -> list[str]:
+    """The columns that :func:`row_key` reads."""
+    return [name for name in ("prompt", "messages", "text") if name in rows.column_names]
+
+
+def split_by_prompt(dataset: Dataset, fraction: float, seed: int, level: int = 0) -> tuple[Dataset, Dataset]:
     """Divide canonical rows into training and validation.
 
     A prompt is held out when a hash of it and of the seed is below ``fraction``; so new rows move no old one. Either
@@ -32,15 +37,18 @@ def split_by_prompt(dataset: Dataset, fraction: float, seed: int) -> tuple[Datas
         dataset: Canonical rows with ``prompt``, ``messages`` or ``text``.
         fraction: Share of the prompts that is held out, in [0, 1).
         seed: Another seed, another choice.
+        level: How many splits the prompts have been through; at another level, another choice.
 
     Raises:
         UserError: If ``fraction`` is out of range.
     """
     if not 0 <= fraction < 1:
         raise UserError(f"the share to hold out is {fraction}; it must be in [0, 1)")
-    columns = [name for name in ("prompt", "messages", "text") if name in dataset.column_names]
-    rows = dataset.select_columns(columns)
-    held_out = np.fromiter((is_held_out(row_key(row), fraction, seed) for row in rows), dtype=bool, count=len(rows))
+    rows = dataset.select_columns(key_columns(dataset))
+    salt = f"level {level}:" if level else ""
+    held_out = np.fromiter(
+        (is_held_out(salt + row_key(row), fraction, seed) for row in rows), dtype=bool, count=len(rows)
+    )
     return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
 
 

@@ -8,7 +8,7 @@ from rlhf_lightning.data.collate import PromptCollator
 from rlhf_lightning.data.loaders import RowLoader
 from rlhf_lightning.data.module import RowsDataModule
 from rlhf_lightning.data.sources import Source
-from rlhf_lightning.data.splits import Split
+from rlhf_lightning.data.splits import drawn
 from rlhf_lightning.data.tokenization import Tokenization, prompts
 
 
@@ -25,21 +25,21 @@ class PromptDataModule(RowsDataModule):
         max_prompt_length: int = 512,
         long_prompts: Literal["error", "drop"] = "error",
         validation_prompts: int | None = 256,
-        format: str | None = None,
-        split: Split = Split(),  # noqa: B008  (frozen)
-        num_workers: int = 0,
-        seed: int = 0,
-        chat_template_kwargs: dict[str, Any] | None = None,
+        **shared: Any,
     ) -> None:
-        """Remember what to load; arguments as in :class:`.demonstrations.DemonstrationDataModule`, and these.
+        """The keys of the rows, and those that all data modules have.
 
         Args:
+            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``.
+            tokenizer: Folder or hub id; None for the one of the model in training, else the source's own.
             batch_size: Prompts an iteration on one rank, a response each.
             max_prompt_length: Longest prompt in tokens.
-            long_prompts: What becomes of longer ones.
-            validation_prompts: How many held-out prompts each validation answers; None for all.
+            long_prompts: How longer ones are handled: an error, or dropped and counted in the log.
+            validation_prompts: How many held-out prompts, drawn once, each validation answers; None for all.
+            shared: Keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``,
+                ``seed`` and ``chat_template_kwargs``, see :class:`.RowsDataModule`.
         """
-        super().__init__(source, tokenizer, batch_size, format, split, num_workers, seed, 1, chat_template_kwargs)
+        super().__init__(source, tokenizer, batch_size, bucket_batches=1, **shared)
         self.max_prompt_length, self.validation_prompts = max_prompt_length, validation_prompts
         self.long_prompts: Literal["error", "drop"] = long_prompts
 
@@ -52,6 +52,5 @@ class PromptDataModule(RowsDataModule):
     def loader(self, name: str, *, shuffle: bool) -> RowLoader:
         """As everywhere, but a validation goes over a fixed few prompts only."""
         if not shuffle and self.validation_prompts is not None:
-            few = min(self.validation_prompts, len(self.rows[name]))
-            self.rows[name] = self.rows[name].select(range(few))
+            self.rows[name] = drawn(self.rows[name], self.validation_prompts, self.split.seed)
         return super().loader(name, shuffle=shuffle)

@@ -61,7 +61,7 @@ def read_completions(row: Row, prompt: Prompt) -> list[Prompt]:
     given = row.get("completions")
     if not isinstance(given, list) or not given:
         raise UserError("column 'completions' must be a list of answers, not empty")
-    answers = [read_answer({"completions": answer}, "completions", prompt) for answer in given]
+    answers = [read_answer({"completions": answer}, "completions", prompt, may_be_empty=True) for answer in given]
     if any(answer in answers[:place] for place, answer in enumerate(answers)):
         raise NoSignalError("the same completion twice")
     return answers

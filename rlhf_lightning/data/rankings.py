@@ -17,7 +17,6 @@ from rlhf_lightning.data.limits import LARGEST, Limit
 from rlhf_lightning.data.module import RowsDataModule
 from rlhf_lightning.data.rows import Row, read_weight
 from rlhf_lightning.data.sources import Source
-from rlhf_lightning.data.splits import Split
 from rlhf_lightning.data.template_inputs import inputs_of
 from rlhf_lightning.data.tokenization import DIFFER, DIFFERING, IDS, DifferingPrompts, Tokenization, prompts_differ
 from rlhf_lightning.data.turns import Piece
@@ -35,26 +34,25 @@ class RankingDataModule(RowsDataModule):
         tokenizer: str | None = None,
         batch_size: int = 8,
         max_length: int = 1024,
-        format: str | None = None,
-        split: Split = Split(),  # noqa: B008  (frozen)
-        num_workers: int = 0,
-        seed: int = 0,
         bucket_batches: int = 8,
         differing_prompts: DifferingPrompts = "error",
-        chat_template_kwargs: dict[str, Any] | None = None,
+        **shared: Any,
     ) -> None:
-        """Remember what to load; arguments as in :class:`.demonstrations.DemonstrationDataModule`.
-
-        ``batch_size`` counts prompts, with all their completions. Completions longer than ``max_length`` are left out of their
-        ranking, and rankings of which no order is left are dropped; both are counted and logged.
+        """The keys of the rows, and those that all data modules have.
 
         Args:
+            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``.
+            tokenizer: Folder or hub id; None for the one of the model in training, else the source's own.
+            batch_size: Prompts a batch on one rank, each with all its completions.
+            max_length: Longest prompt with a completion, in tokens. Longer completions are dropped from their ranking, and
+                rankings of which no order is left are dropped; both are counted in the log.
+            bucket_batches: So many optimizer steps' rows are sorted by length together: less padding, less randomness.
             differing_prompts: How rankings are handled whose user or system turns differ after their answers part, so that they
                 answer different prompts: "error", "drop" (counted), or "accept" to compare them all the same.
+            shared: Keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``,
+                ``seed`` and ``chat_template_kwargs``, see :class:`.RowsDataModule`.
         """
-        super().__init__(
-            source, tokenizer, batch_size, format, split, num_workers, seed, bucket_batches, chat_template_kwargs
-        )
+        super().__init__(source, tokenizer, batch_size, bucket_batches=bucket_batches, **shared)
         self.max_length = max_length
         self.differing_prompts: DifferingPrompts = differing_prompts
 

@@ -3,11 +3,20 @@
 from collections.abc import Callable
 
 from rlhf_lightning.data.implicit_prompt import split_conversations, split_texts
-from rlhf_lightning.data.messages import Message, Prompt, is_conversation, parse_hh, read_messages, split_at_answer
+from rlhf_lightning.data.messages import (
+    Message,
+    Prompt,
+    is_conversation,
+    parse_hh,
+    read_messages,
+    read_role,
+    split_at_answer,
+)
 from rlhf_lightning.data.rows import (
     Example,
     NoSignalError,
     Row,
+    UnusedColumnError,
     read_answer,
     read_label,
     read_optional,
@@ -15,6 +24,7 @@ from rlhf_lightning.data.rows import (
     read_rating,
     read_step_label,
     read_string,
+    with_system,
 )
 from rlhf_lightning.errors import UserError
 
@@ -24,7 +34,7 @@ def text(row: Row) -> Example:
 
 
 def hh_dialogue(row: Row, column: str, *, may_be_empty: bool = False) -> list[Message]:
-    """Some of the real hh-rlhf dialogues end with an assistant who says nothing; those teach nothing."""
+    """Some of the real hh-rlhf dialogues end with an assistant who says nothing; unless rejected, those teach nothing."""
     messages = parse_hh(read_string(row, column))
     if not messages[-1]["content"] and not may_be_empty:
         raise NoSignalError("an empty answer")
@@ -42,8 +52,8 @@ def system_message(row: Row) -> list[Message]:
 
 
 def whole_conversation(row: Row, column: str, *, may_be_empty: bool = False) -> list[Message]:
-    """The messages of a column, after the system prompt."""
-    return [*system_message(row), *read_messages(row.get(column), column, may_be_empty=may_be_empty)]
+    """The messages of a column, after the system prompt; ``may_be_empty`` as in :func:`.read_message`."""
+    return with_system(row, read_messages(row.get(column), column, may_be_empty=may_be_empty))
 
 
 def messages(row: Row) -> Example:
@@ -54,17 +64,19 @@ def sharegpt(row: Row) -> Example:
     return Example(messages=whole_conversation(row, "conversations"))
 
 
+def labelled_conversation(row: Row, column: str, label: str) -> Example:
+    """A conversation whose last answer was liked or disliked; what was disliked may be empty."""
+    liked = read_label(row, label)
+    prompt, completion = split_at_answer(whole_conversation(row, column, may_be_empty=not liked), column)
+    return Example(prompt=prompt, completion=completion, label=liked)
+
+
 def labelled_messages(row: Row) -> Example:
-    label = read_label(row, "label")
-    prompt, completion = split_at_answer(whole_conversation(row, "messages", may_be_empty=not label), "messages")
-    return Example(prompt=prompt, completion=completion, label=label)
+    return labelled_conversation(row, "messages", "label")
 
 
 def labelled_sharegpt(row: Row) -> Example:
-    label = read_label(row, "kto_tag")
-    whole = whole_conversation(row, "conversations", may_be_empty=not label)
-    prompt, completion = split_at_answer(whole, "conversations")
-    return Example(prompt=prompt, completion=completion, label=label)
+    return labelled_conversation(row, "conversations", "kto_tag")
 
 
 def prompt_only(row: Row) -> Example:
@@ -77,9 +89,9 @@ def prompt_completion(row: Row) -> Example:
 
 
 def unpaired(row: Row) -> Example:
-    prompt, label = read_prompt(row), read_label(row, "label")
+    prompt, liked = read_prompt(row), read_label(row, "label")
     return Example(
-        prompt=prompt, completion=read_answer(row, "completion", prompt, may_be_empty=not label), label=label
+        prompt=prompt, completion=read_answer(row, "completion", prompt, may_be_empty=not liked), label=liked
     )
 
 
@@ -100,14 +112,14 @@ def prm800k(row: Row) -> Example:
     taken = []
     try:
         for step in row["label"]["steps"]:
-            chosen, human, offered = step["chosen_completion"], step["human_completion"], step["completions"]
+            chosen, human, offered = step.get("chosen_completion"), step.get("human_completion"), step["completions"]
             if chosen is None and human is None:
                 taken += [(step["text"], -1) for step in offered if step["rating"] == -1][:1]
                 break
             written = human["text"] if isinstance(human, dict) else human
             taken.append((written, 1) if chosen is None else (offered[chosen]["text"], offered[chosen]["rating"]))
         problem = row["question"]["problem"]
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"columns 'question' and 'label' are not as in PRM800K: {error!r:.60}") from error
     if not taken:
         raise NoSignalError("no step that was judged")
@@ -140,8 +152,10 @@ def solution(row: Row, labels: list[float | None]) -> Example:
 
 def explicit_pair(row: Row, prompt: Prompt) -> Example:
     """The two answers to a prompt that is known."""
-    chosen = read_answer(row, "chosen", prompt)
-    return Example(prompt=prompt, chosen=chosen, rejected=read_answer(row, "rejected", prompt, may_be_empty=True))
+    chosen, rejected = (
+        read_answer(row, name, prompt, may_be_empty=name == "rejected") for name in ("chosen", "rejected")
+    )
+    return Example(prompt=prompt, chosen=chosen, rejected=rejected)
 
 
 def conversation_pair(chosen: list[Message], rejected: list[Message]) -> Example:
@@ -156,7 +170,11 @@ def implicit_preference(row: Row) -> Example:
     """A pair of whole texts or conversations."""
     if is_conversation(row.get("chosen")):
         rejected_messages = read_messages(row.get("rejected"), "rejected", may_be_empty=True)
-        return conversation_pair(read_messages(row["chosen"], "chosen"), rejected_messages)
+        return conversation_pair(
+            with_system(row, read_messages(row["chosen"], "chosen")), with_system(row, rejected_messages)
+        )
+    if read_optional(row, "system"):
+        raise UnusedColumnError("system")
     chosen, rejected = read_string(row, "chosen"), read_string(row, "rejected")
     if chosen == rejected:  # where the prompt ends can't be told
         raise NoSignalError("the same text as chosen and rejected")
@@ -170,16 +188,29 @@ def hh_preference(row: Row) -> Example:
 
 def preference(row: Row) -> Example:
     """A pair with its prompt; UltraFeedback gives the prompt as text and repeats it in conversations."""
-    prompt = read_prompt(row)
-    if isinstance(prompt, str) and is_conversation(row.get("chosen")):
+    given = row.get("prompt")
+    if isinstance(given, str) and is_conversation(row.get("chosen")):
         repeated = implicit_preference(row)
         contents = [message["content"].strip() for message in repeated.prompt or [] if isinstance(message, dict)]
-        if prompt.strip() not in contents:
+        if read_string(row, "prompt").strip() not in contents:
             raise UserError(
                 "column 'prompt' is text that the messages of 'chosen' do not repeat; give it as messages too"
             )
         return repeated
+    return explicit_pair(row, read_prompt(row))
+
+
+def messages_preference(row: Row) -> Example:
+    """Two answers to a conversation that ends where they begin."""
+    prompt: Prompt = whole_conversation(row, "messages")
     return explicit_pair(row, prompt)
+
+
+def ends_with_question(row: Row) -> bool:
+    """Whether the messages end where the assistant is to answer."""
+    messages = row.get("messages")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return isinstance(last, dict) and read_role(last.get("role") or last.get("from")) != "assistant"
 
 
 def sharegpt_preference(row: Row) -> Example:
@@ -193,6 +224,24 @@ def swift_preference(row: Row) -> Example:
     return Example(
         prompt=prompt, chosen=chosen, rejected=read_answer(row, "rejected_response", prompt, may_be_empty=True)
     )
+
+
+def swift_messages_preference(row: Row) -> Example:
+    """ms-swift: two whole conversations."""
+    chosen = whole_conversation(row, "messages")
+    return conversation_pair(chosen, whole_conversation(row, "rejected_messages", may_be_empty=True))
+
+
+def openai_preference(row: Row) -> Example:
+    """OpenAI's fine-tuning on preferences: ``input`` holds the messages of the prompt."""
+    given = row.get("input")
+    if not isinstance(given, dict):
+        raise UserError("column 'input' must be an object with 'messages'")
+    if given.get("tools"):
+        raise UserError("column 'input' holds tools; write them as a column 'tools' of their own")
+    prompt: Prompt = read_messages(given.get("messages"), "input")
+    answers = {"chosen": row.get("preferred_output"), "rejected": row.get("non_preferred_output")}
+    return explicit_pair(answers, prompt)
 
 
 def alpaca_prompt(row: Row) -> list[Message]:
@@ -214,7 +263,17 @@ def alpaca_history(row: Row) -> list[Message]:
 
 
 def alpaca(row: Row) -> Example:
-    return Example(prompt=alpaca_prompt(row), completion=read_answer(row, "output", alpaca_prompt(row)))
+    prompt = alpaca_prompt(row)
+    return Example(prompt=prompt, completion=read_answer(row, "output", prompt))
+
+
+def alpaca_question(row: Row) -> Example:
+    return Example(prompt=alpaca_prompt(row))
+
+
+def labelled_alpaca(row: Row) -> Example:
+    prompt, liked = alpaca_prompt(row), read_label(row, "kto_tag")
+    return Example(prompt=prompt, completion=read_answer(row, "output", prompt, may_be_empty=not liked), label=liked)
 
 
 def alpaca_preference(row: Row) -> Example:

@@ -4,12 +4,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_lightning.data.loss_flags import without_flags
-from rlhf_lightning.data.messages import Message, Prompt, read_messages
+from rlhf_lightning.data.messages import Message, Prompt, is_conversation, read_messages
 from rlhf_lightning.errors import UserError
 
 Row = dict[str, Any]
 WEIGHT = "weight"  # the column of what a row weighs in a loss
 LARGEST_WEIGHT = 1e30
+
+# Columns that rows have on their way to the data module, and nowhere else.
+BAD = "__bad_row__"  # what is wrong with the row, null for a good one
+INDEX = "__row_index__"  # of the row in its source
+LEVEL = "split_level"  # of sampled rows: how many splits their prompts have been through
+# What a fault begins with in place of the file, or of file and row: rows are cached under what they hold, not where they are.
+FILE_PLACE, ROW_PLACE = "<file>", "<row>"
 
 # Columns that hold text wherever they are not lists of messages.
 TEXT_COLUMNS = (
@@ -24,6 +31,19 @@ TEXT_COLUMNS = (
     "output",
     "system",
 )
+
+
+def bad_row(error: UserError, file: object) -> Row:
+    """A row that stands for one that can't be read."""
+    return {BAD: FILE_PLACE + str(error).removeprefix(str(file))}
+
+
+class BadRowError(UserError):
+    """A row that can't be used, where the others can."""
+
+
+class UnusedColumnError(UserError):
+    """A column with a part of the prompt that can't be used as the columns are named; carries its name."""
 
 
 class NoSignalError(Exception):
@@ -148,14 +168,19 @@ def read_weight(row: Row) -> float:
 
 
 def read_prompt(row: Row) -> Prompt:
-    """The column "prompt": text, or messages; where these end with the assistant, the answer continues the last of them.
+    """The column "prompt": text, or messages, before which the column "system" stands.
+
+    Where messages end with the assistant, the answer continues the last of them.
 
     Raises:
-        UserError: If it is empty or ends with a tool call.
+        UnusedColumnError: If there is a system prompt and the prompt is text.
+        UserError: If the prompt is empty or malformed, or ends with a tool call.
     """
     if not isinstance(row.get("prompt"), list):
+        if read_optional(row, "system"):
+            raise UnusedColumnError("system")
         return read_string(row, "prompt")
-    messages = read_messages(row["prompt"], "prompt")
+    messages = with_system(row, read_messages(row["prompt"], "prompt"))
     if messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip():
         raise UserError(
             "column 'prompt' ends with an assistant message without text, such as a tool call: nothing can continue it; add "
@@ -164,24 +189,71 @@ def read_prompt(row: Row) -> Prompt:
     return messages
 
 
+def with_system(row: Row, messages: list[Message]) -> list[Message]:
+    """The messages after the system prompt of the column "system", where it has one and they do not begin with it.
+
+    Raises:
+        UserError: If they begin with another system prompt.
+    """
+    given = read_optional(row, "system")
+    if not given:
+        return messages
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": given}, *messages]
+    if messages[0]["content"].strip() != given.strip():
+        raise UserError("column 'system' and the system message of the conversation differ; keep one of them")
+    return messages
+
+
 def read_answer(row: Row, column: str, prompt: Prompt, *, may_be_empty: bool = False) -> Prompt:
     """Text after a text, messages after messages; a bare text after messages becomes the assistant's turn.
 
-    Messages may repeat the prompt before the answer. An answer that ``may_be_empty`` is taught as EOS alone.
+    Messages may repeat the prompt before the answer.
+
+    Args:
+        row: The row.
+        column: Name of the column.
+        prompt: What is answered.
+        may_be_empty: Whether the answer may say nothing, as one that was rejected may: it is taught as EOS alone.
 
     Raises:
         UserError: If it is empty or does not begin with the assistant.
     """
     value = row.get(column)
+    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+        raise UserError(
+            f"column '{column}' holds a list of {len(value)} texts where one belongs; several answers, the best first, are "
+            "rankings: format ordering, with columns prompt, completions (the list) and ranking ([0, 1, ...])"
+        )
     if isinstance(prompt, str) or not isinstance(value, list | dict):
-        answer = read_string(row, column, may_be_empty=may_be_empty)
+        answer = "" if may_be_empty and is_blank_text(value) else answer_text(row, column)
         return answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
-    messages = read_messages(value, column, may_be_empty=may_be_empty)
-    if len(messages) > len(prompt) and without_flags(messages[: len(prompt)]) == without_flags(prompt):
-        messages = messages[len(prompt) :]
+    messages = without_prompt(read_messages(value, column, may_be_empty=may_be_empty), prompt)
     if messages[0]["role"] != "assistant":
         raise UserError(
             f"column '{column}' begins with a {messages[0]['role']} message; it must hold the answer alone, or the complete "
             "prompt before it"
         )
+    return messages
+
+
+def is_blank_text(value: object) -> bool:
+    """Whether it is text that says nothing."""
+    return isinstance(value, str) and not value.strip()
+
+
+def answer_text(row: Row, column: str) -> str:
+    """A column that must hold text; says what messages are."""
+    if is_conversation(row.get(column)):
+        raise UserError(f"column '{column}' holds messages where the prompt is text; give the prompt as messages too")
+    return read_string(row, column)
+
+
+def without_prompt(messages: list[Message], prompt: list[Message]) -> list[Message]:
+    """The messages behind the prompt, where they begin with it, with or without its system message."""
+    spoken = prompt[1:] if prompt[0]["role"] == "system" else prompt
+    for beginning in (prompt, spoken):
+        count = len(beginning)
+        if 0 < count < len(messages) and without_flags(messages[:count]) == without_flags(beginning):
+            return messages[count:]
     return messages

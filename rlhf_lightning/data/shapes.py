@@ -42,7 +42,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Fields:
-    """Objects that all have these keys."""
+    """Objects that all have these keys, none of them null."""
 
     of: Mapping[str, "Shape"]
 
@@ -75,7 +75,8 @@ def shape_of_kind(kind: type, values: list[Any]) -> Shape:
         return Items(shape_of(list(chain.from_iterable(values))))
     if kind is dict:
         keys = values[0].keys()
-        if not keys or any(value.keys() != keys for value in values):
+        # A null key of a struct stands for one that is not there (see nested.py), so objects that hold a null are JSON.
+        if not keys or any(value.keys() != keys or None in value.values() for value in values):
             return JSON
         return Fields({key: shape_of([value[key] for value in values]) for key in keys})
     return Other(pa.infer_type(values))

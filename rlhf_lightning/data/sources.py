@@ -1,5 +1,6 @@
 """Where rows come from: a world, a local file or folder, a hub id, or a Dataset already in memory."""
 
+import copy
 import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -10,7 +11,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.data.files import load_path, root_cause
+from rlhf_lightning.data.files import READABLE, ReadOptions, load_path, root_cause
 from rlhf_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,10 @@ class Source(ABC):
 
 
 class FileSource(Source):
-    """A local file (.json, .jsonl, also .gz; .csv, .parquet, .arrow, .txt) or folder (``save_to_disk``, or files)."""
+    """A local file or folder: .json, .jsonl, .csv or .tsv, these also .gz; .parquet, .arrow, .txt; or from ``save_to_disk``."""
+
+    mark_bad: bool = False  # give rows that can't be read as marked ones, for whoever counts them
+    text_columns: tuple[str, ...] = ()  # of CSV, whatever they look like
 
     def __init__(
         self, path: str, validation_path: str | None = None, text_separator: str | None = "<|endoftext|>"
@@ -61,11 +65,21 @@ class FileSource(Source):
 
     def load(self, kind: Kind) -> DatasetDict:
         """See :class:`Source`; the file is read the same for every kind."""
-        splits = name_splits(load_path(existing(self.path), self.text_separator), self.path)
+        options = ReadOptions(self.text_separator, self.mark_bad, self.text_columns)
+        splits = name_splits(load_path(existing(self.path), options), self.path)
         if self.validation_path is not None:
-            held_out = load_path(existing(self.validation_path), self.text_separator)
+            held_out = load_path(existing(self.validation_path), options)
             splits["validation"] = name_splits(held_out, self.validation_path)["train"]
         return splits
+
+
+def marking_bad_rows(source: Source, text_columns: tuple[str, ...]) -> Source:
+    """A source whose rows that can't be read come marked, see :func:`.bad_row`; of other sources than files, itself."""
+    if not isinstance(source, FileSource):
+        return source
+    marking = copy.copy(source)
+    marking.mark_bad, marking.text_columns = True, text_columns
+    return marking
 
 
 class HubSource(Source):
@@ -82,7 +96,7 @@ class HubSource(Source):
         """Remember what to fetch.
 
         Args:
-            name: "owner/name".
+            name: Its name on the hub, "owner/name".
             config: Which of its configurations, where it has several.
             train_split: Name of the split to train on; slices such as "train[:1000]" work.
             validation_split: Name of the split to validate on.
@@ -123,7 +137,11 @@ class DatasetSource(Source):
     """Rows that are in memory already."""
 
     def __init__(self, dataset: Dataset | DatasetDict) -> None:
-        """Keep a ``Dataset`` (training rows) or a ``DatasetDict`` with "train"."""
+        """Keep the rows.
+
+        Args:
+            dataset: A ``Dataset`` of training rows, or a ``DatasetDict`` with "train".
+        """
         self.dataset = dataset
 
     def __str__(self) -> str:
@@ -155,7 +173,7 @@ def as_source(source: str | Dataset | DatasetDict | Source) -> Source:
 
 def looks_like_file(name: str) -> bool:
     """Whether a name ends as data files do."""
-    return name.lower().endswith((".json", ".jsonl", ".gz", ".csv", ".parquet", ".arrow", ".txt"))
+    return name.lower().endswith((*READABLE, ".gz"))
 
 
 def existing(path: str) -> Path:

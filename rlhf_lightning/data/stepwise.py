@@ -7,7 +7,6 @@ from typing import Any, Literal
 from rlhf_lightning.data.collate import StepwiseCollator
 from rlhf_lightning.data.module import RowsDataModule
 from rlhf_lightning.data.sources import Source
-from rlhf_lightning.data.splits import Split
 from rlhf_lightning.data.steps import solutions
 from rlhf_lightning.data.tokenization import Tokenization
 
@@ -28,20 +27,22 @@ class StepwiseDataModule(RowsDataModule):
         long_rows: Literal["drop", "error"] = "drop",
         separator: str | None = None,
         train_on_last_step_only: bool = False,
-        split: Split = Split(),  # noqa: B008  (frozen)
-        num_workers: int = 0,
-        seed: int = 0,
-        chat_template_kwargs: dict[str, Any] | None = None,
+        **shared: Any,
     ) -> None:
-        """Remember what to load; arguments as in :class:`.demonstrations.DemonstrationDataModule`, and these.
+        """The keys of the rows, and those that all data modules have.
 
         Args:
+            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``.
+            tokenizer: Folder or hub id; None for the one of the model in training, else the source's own.
+            batch_size: Solutions a batch on one rank.
             max_length: Longest prompt with its solution, in tokens.
-            long_rows: What becomes of longer ones: left out and counted, or refused. They are never cut.
+            long_rows: How longer ones are handled: dropped and counted in the log, or an error. They are never cut.
             separator: What stands behind every step; None for that of the model in training, else a newline.
-            train_on_last_step_only: Of each solution, the last labelled step counts alone, in validation too.
+            train_on_last_step_only: Of each solution, only the last labelled step counts, in validation too.
+            shared: Keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``,
+                ``seed`` and ``chat_template_kwargs``, see :class:`.RowsDataModule`.
         """
-        super().__init__(source, tokenizer, batch_size, None, split, num_workers, seed, 8, chat_template_kwargs)
+        super().__init__(source, tokenizer, batch_size, bucket_batches=8, **shared)
         self.max_length, self.separator, self.train_on_last_step_only = max_length, separator, train_on_last_step_only
         self.long_rows: Literal["drop", "error"] = long_rows
 

@@ -21,6 +21,7 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from torch.utils.data import DataLoader
 
+from rlhf_lightning.data.bad_rows import LARGEST_SHARE, BadRows
 from rlhf_lightning.data.chunks import CHUNK_ROWS, NUMBER, Chunk, Chunks, Reading
 from rlhf_lightning.data.loaders import Placement
 from rlhf_lightning.data.rows import Row
@@ -29,6 +30,7 @@ from rlhf_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
+ENOUGH_ROWS = 1000  # of a stream, to tell the share of its bad rows
 SEED_STEP = 2_000_003  # between the seeds of two windows
 
 
@@ -98,9 +100,11 @@ class StreamLoader:
         """Tokenized rows, window by window; the last is smaller, or larger by fewer rows than there are ranks."""
         rows: list[Row] = []
         count, remarks = 0, Counter[str]()
+        bad = BadRows(self.reading.bad_rows)
         for chunk in self._chunks(first):
             if chunk.error is not None:
-                raise UserError(chunk.error)
+                raise UserError(*chunk.error)
+            take_bad(bad, chunk)
             for remark in chunk.remarks.keys() - remarks.keys():
                 log.warning("some rows of the stream are %s; how many is said at the end of the epoch", remark)
             remarks += chunk.remarks
@@ -111,6 +115,7 @@ class StreamLoader:
                 rows = rows[self.window_rows :]
         if rows:
             yield rows
+        bad.settle()
         for remark, number in remarks.items():
             log.warning("%d rows of the stream are %s; %d are in batches", number, remark, count)
         if not count and not first:
@@ -145,6 +150,17 @@ class StreamLoader:
         sampler.begin(epoch, position)
         for plan in sampler:
             yield self.collate(columns_of(rows, plan))
+
+
+def take_bad(bad: BadRows, chunk: Chunk) -> None:
+    """Count the bad rows of a chunk that were dropped; raises UserError once they are too many of a large number."""
+    bad.rows += chunk.read
+    number, text = chunk.bad
+    if number:
+        bad.note(text, ("the stream", bad.count), text)
+        bad.count += number - 1
+    if bad.rows >= ENOUGH_ROWS and bad.count > LARGEST_SHARE * bad.rows:
+        raise bad.error()
 
 
 class Known(NamedTuple):

@@ -11,8 +11,9 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, Features
 from datasets.table import table_cast
 
-from rlhf_lightning.data.files import KINDS, LOADER_ERRORS, file_type, load_path, root_cause
+from rlhf_lightning.data.files import KINDS, LOADER_ERRORS, ReadOptions, file_type, load_path, root_cause
 from rlhf_lightning.data.json_files import json_rows
+from rlhf_lightning.data.nested import has_struct, without_padding
 from rlhf_lightning.data.rows import Row
 from rlhf_lightning.data.sources import Kind, Source, existing, name_splits
 from rlhf_lightning.errors import UserError
@@ -49,7 +50,7 @@ class StreamSource(Source):
         """See :class:`Source`: the validation rows, if there are any."""
         if self.validation_path is None:
             return DatasetDict()
-        held_out = load_path(existing(self.validation_path), text_separator=None)
+        held_out = load_path(existing(self.validation_path), ReadOptions(mark_bad=True))
         return DatasetDict({"validation": name_splits(held_out, self.validation_path)["train"]})
 
     def files(self) -> list[Path]:
@@ -85,8 +86,13 @@ def files_of(path: str) -> list[Path]:
     return found
 
 
-def stream_rows(path: Path, wanted: Callable[[int], bool]) -> Iterator[Row | None]:
+def stream_rows(path: Path, wanted: Callable[[int], bool], mark_bad: bool = False) -> Iterator[Row | None]:
     """The rows of one file, one after the other; None for a row whose number, from 0, is not wanted.
+
+    Args:
+        path: The file.
+        wanted: Says which rows are wanted.
+        mark_bad: See :func:`.json_rows`.
 
     Raises:
         UserError: If it is damaged.
@@ -94,7 +100,7 @@ def stream_rows(path: Path, wanted: Callable[[int], bool]) -> Iterator[Row | Non
     kind = KINDS[file_type(path)]
     try:
         if kind == "json":
-            yield from json_rows(path, wanted)
+            yield from json_rows(path, wanted, mark_bad)
             return
         first = 0
         for count, read in parquet_parts(path) if kind == "parquet" else arrow_parts(path):
@@ -144,4 +150,8 @@ def decoded(table: pa.Table) -> list[Row]:
     """The rows of a table as Python values."""
     features = Features.from_arrow_schema(table.schema)
     rows = Dataset(table_cast(table, features.arrow_schema), fingerprint="streamed")
-    return rows.to_list()
+    structs = [name for name, feature in features.items() if has_struct(feature)]
+    values = rows.to_list()
+    for row in values:
+        row.update({name: without_padding(row[name], features[name]) for name in structs})
+    return values

@@ -9,6 +9,7 @@ from jinja2 import TemplateSyntaxError, meta
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from rlhf_lightning.data.tool_calls import with_objects
 from rlhf_lightning.errors import UserError
 
 Tools = list[dict[str, Any]] | None
@@ -67,6 +68,8 @@ def tools_of(row: Mapping[str, Any]) -> Tools:
         UserError: If it is no list of objects, or the text not one in JSON.
     """
     tools = parsed(row.get("tools"), "tools")
+    if isinstance(tools, list):
+        tools = [with_objects(tool, "parameters") for tool in tools]
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise UserError(f"column 'tools' holds {tools!r:.60} where a list of JSON schemas belongs")
     return tools

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data import notes
 from rlhf_lightning.data.annotations import read_probability
+from rlhf_lightning.data.bad_rows import BadRows, Places
 from rlhf_lightning.data.cache import cached_map
 from rlhf_lightning.data.demonstration_plans import demonstration_plans, earlier_answers, join_demonstration
 from rlhf_lightning.data.encoding import Encoded as Encoded
@@ -28,7 +29,7 @@ from rlhf_lightning.data.limits import LARGEST, Limit, apply, longest
 from rlhf_lightning.data.messages import Message
 from rlhf_lightning.data.prompt_split import prompt_key as prompt_key
 from rlhf_lightning.data.prompt_split import split_by_prompt as split_by_prompt
-from rlhf_lightning.data.rows import WEIGHT, Row, read_weight
+from rlhf_lightning.data.rows import BAD, INDEX, ROW_PLACE, WEIGHT, Row, read_weight
 from rlhf_lightning.data.template_inputs import KWARGS, default_variables, inputs_of
 from rlhf_lightning.data.template_inputs import tools_of as tools_of
 from rlhf_lightning.data.tokenizers import tokenizer_fingerprint
@@ -135,13 +136,32 @@ class Tokenization:
             return limit.fate == "cut" and made[self.weight or "length"] > 0, f"{limit.done}: {limit.others}"
         return True, None
 
-    def tokenize(self, dataset: Dataset, cache_dir: CacheDir = None) -> Dataset:
+    def try_each(self, rows: Sequence[Row], places: Sequence[str]) -> list[tuple[int, Row | UserError]]:
+        """As :meth:`encode_each`, with what is wrong in place of a row that can't be encoded."""
+        try:
+            return list(self.encode_each(rows, places))
+        except UserError as error:
+            if len(rows) == 1:
+                return [(0, error)]
+        both = enumerate(zip(rows, places, strict=True))
+        return [(index, made) for index, (row, place) in both for _, made in self.try_each([row], [place])]
+
+    def tokenize(
+        self, dataset: Dataset, cache_dir: CacheDir = None, bad: BadRows | None = None, places: Places | None = None
+    ) -> Dataset:
         """A whole dataset, cached, without the rows that the limits leave out.
+
+        Args:
+            dataset: Canonical rows.
+            cache_dir: Where results are kept.
+            bad: Takes the rows that can't be encoded; None if they are an error.
+            places: What errors call the rows, by the column :data:`.INDEX`.
 
         Raises:
             UserError: If a row can't be encoded or a limit refuses it, or none is left.
         """
-        own = set(dataset.column_names) if self.keeps else set()
+        ledger = bad if bad is not None else BadRows(rows=len(dataset))
+        own = set(dataset.column_names) - {INDEX} if self.keeps else set()
         for name in sorted(own & set(self.features)):
             log.warning(
                 "the column '%s' of the %s is replaced by that of their tokens; reward functions see this one",
@@ -149,18 +169,27 @@ class Tokenization:
                 self.kind,
             )
         given = {name: of for name, of in dataset.features.items() if name in own and name not in notes.FEATURES}
-        features = Features({**given, **self.features, **notes.FEATURES})
+        features = Features({**given, **self.features, **notes.FEATURES, BAD: Value("string"), INDEX: Value("int64")})
 
         def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+            indices = batch.pop(INDEX, indices)
             rows = [{name: values[position] for name, values in batch.items()} for position in range(len(indices))]
-            made = self.encode_each(rows, [f"row {index + 1} of the {self.kind}" for index in indices])
-            whole = [{**rows[source], **new} for source, new in made]
-            return {name: [row[name] for row in whole] for name in features}
+            empty = dict.fromkeys(features)
+            made = []
+            for source, new in self.try_each(rows, [ROW_PLACE] * len(rows)):
+                fault = {BAD: str(new)} if isinstance(new, UserError) else {**rows[source], **new, BAD: None}
+                made.append({**empty, **fault, INDEX: indices[source]})
+            return {name: [row[name] for row in made] for name in features}
 
         tokenizer = self.encoder.tokenizer
         settings = {"kind": self.kind, "tokenizer": tokenizer_fingerprint(tokenizer), **self.settings}
         settings[KWARGS] = default_variables(tokenizer)
         rows = cached_map(dataset, encode, features=features, settings=settings, cache_dir=cache_dir)
+        rows = ledger.take(rows, places or Places("", noun=self.kind)).remove_columns(INDEX)
+        if bad is None:
+            ledger.settle()
+        elif not len(rows):
+            raise ledger.error()
         for limit in self.every_limit:
             rows = apply(limit, rows)
         unused = [name for name in SKIPS if name in self.features and not any_items(rows, name)]

@@ -8,7 +8,6 @@ from rlhf_lightning.data.collate import UnpairedCollator
 from rlhf_lightning.data.limits import numbers
 from rlhf_lightning.data.module import RowsDataModule
 from rlhf_lightning.data.sources import Source
-from rlhf_lightning.data.splits import Split
 from rlhf_lightning.data.tokenization import Tokenization, unpaired
 from rlhf_lightning.errors import UserError
 
@@ -27,21 +26,22 @@ class UnpairedDataModule(RowsDataModule):
         tokenizer: str | None = None,
         batch_size: int = 32,
         max_length: int = 1024,
-        format: str | None = None,
-        split: Split = Split(),  # noqa: B008  (frozen)
-        num_workers: int = 0,
-        seed: int = 0,
         bucket_batches: int = 8,
-        chat_template_kwargs: dict[str, Any] | None = None,
+        **shared: Any,
     ) -> None:
-        """Remember what to load; arguments as in :class:`.demonstrations.DemonstrationDataModule`.
+        """The keys of the rows, and those that all data modules have.
 
-        ``batch_size`` counts completions. Those longer than ``max_length`` are dropped: to cut them would judge other texts
-        than the annotator saw.
+        Args:
+            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``.
+            tokenizer: Folder or hub id; None for the one of the model in training, else the source's own.
+            batch_size: Completions a batch on one rank.
+            max_length: Longest prompt with its completion, in tokens. Longer ones are dropped and counted in the log: to cut
+                them would judge other texts than the annotator saw.
+            bucket_batches: So many optimizer steps' rows are sorted by length together: less padding, less randomness.
+            shared: Keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``,
+                ``seed`` and ``chat_template_kwargs``, see :class:`.RowsDataModule`.
         """
-        super().__init__(
-            source, tokenizer, batch_size, format, split, num_workers, seed, bucket_batches, chat_template_kwargs
-        )
+        super().__init__(source, tokenizer, batch_size, bucket_batches=bucket_batches, **shared)
         self.max_length = max_length
 
     def tokenization(self) -> Callable[[], Tokenization]:

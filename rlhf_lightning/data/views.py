@@ -20,14 +20,25 @@ def as_demonstration(example: Example) -> Row:
     if example.text is not None:
         return {"text": example.text}
     if example.messages is not None:
-        split_at_answer(example.messages, "messages")
+        if example.messages[-1]["role"] != "assistant":
+            split_at_answer(example.messages, "messages")
         return {"messages": example.messages}
     answer = example.completion if example.completion is not None else example.chosen or best(example)
     if answer is None:
         raise UserError("a prompt alone demonstrates nothing; add a column 'completion'")
     if example.label is False:
         raise NoSignalError("a disliked completion")
+    if is_blank(answer):
+        raise NoSignalError("an empty answer")
     return {"prompt": example.prompt, "completion": answer}
+
+
+def is_blank(answer: Prompt) -> bool:
+    """Whether an answer is text, or one message, that says nothing."""
+    if isinstance(answer, str):
+        return not answer.strip()
+    only = answer[0]
+    return len(answer) == 1 and not any(only.get(key) for key in only if key != "role")
 
 
 def as_preference(example: Example) -> Row:

@@ -11,8 +11,10 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 
+from rlhf_lightning.data.bad_rows import Policy
+from rlhf_lightning.data.columns import Columns
 from rlhf_lightning.data.sources import Source
-from rlhf_lightning.data.splits import Split, load_splits
+from rlhf_lightning.data.splits import Split, drawn, load_part
 from rlhf_lightning.data.template_inputs import TEMPLATE_COLUMNS
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import SamplingParameters
@@ -37,8 +39,10 @@ class PromptRows:
     Attributes:
         source: A world, the path of a file or folder, or a hub id: whatever holds prompts.
         part: Training rows, or those that are held out.
-        limit: The first so many; None for all.
+        limit: So many of them, drawn by the split's seed; None for all.
         format: Name of the row format where it should not be detected.
+        columns: Which columns are read as which, such as {prompt: question}, as in data modules.
+        bad_rows: Whether bad rows end the command or are dropped and counted, as in data modules.
         split: What is held out; the same as in training.
         chat_template_kwargs: Variables of the chat template; None for those that the policy was trained with, which its
             tokenizer remembers. A row's own column of that name comes before.
@@ -48,6 +52,8 @@ class PromptRows:
     part: Literal["train", "validation", "ood"] = "train"
     limit: int | None = None
     format: str | None = None
+    columns: Columns | None = None
+    bad_rows: Policy = "error"
     split: Split = Split()  # noqa: RUF009  (frozen)
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -57,11 +63,8 @@ class PromptRows:
         Raises:
             UserError: If the source has no such part.
         """
-        parts = load_splits(self.source, "prompts", self.format, self.split)
-        if self.part not in parts:
-            raise UserError(f"{self.source} has no part '{self.part}'; it has {', '.join(parts)}")
-        rows = parts[self.part]
-        return rows if self.limit is None else rows.select(range(min(self.limit, len(rows))))
+        rows = load_part(self.source, "prompts", self.part, self.split, self.format, self.columns, self.bad_rows)
+        return rows if self.limit is None else drawn(rows, self.limit, self.split.seed)
 
 
 class Scorer:

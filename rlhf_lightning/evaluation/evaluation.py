@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from transformers import AutoConfig
 
+from rlhf_lightning.data.columns import Columns
 from rlhf_lightning.data.formats import to_canonical
 from rlhf_lightning.data.sources import Source
-from rlhf_lightning.data.splits import Split, load_splits
+from rlhf_lightning.data.splits import Split, drawn, load_part
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.answers import Answerer, Answers
 from rlhf_lightning.evaluation.leaderboard import envelope
@@ -189,19 +190,22 @@ class RewardEvaluation(Evaluation):
         max_new_tokens: int = 128,
         split: Split = Split(),  # noqa: B008  (frozen)
         sampling: SamplingParameters | None = None,
+        columns: Columns | None = None,
     ) -> None:
         """Choose prompts and reward.
 
         Args:
             source: Where the prompts come from.
             reward: Scores the answers; None for the pipeline's own reward model.
-            prompts: Held-out prompts to answer.
+            prompts: Held-out prompts to answer, drawn by the split's seed.
             samples: Sampled answers to each.
             max_new_tokens: Longest answer, where ``sampling`` is None.
             split: What is held out; the same as in the stages.
             sampling: How answers are sampled, with its own ``max_new_tokens``; None samples from the policy itself at
                 temperature 1.
+            columns: Which columns are read as which, such as {prompt: question}; the same as in the stages.
         """
+        self.columns = columns
         self.source, self.reward, self.prompts, self.samples, self.split = source, reward, prompts, samples, split
         self.sampling = sampling or SamplingParameters(max_new_tokens)
 
@@ -211,8 +215,8 @@ class RewardEvaluation(Evaluation):
         if reward is None:
             raise UserError("RewardEvaluation has no reward: give one, or a stage that trains a reward model")
         reward.prepare("cpu")
-        held_out = load_splits(self.source, "prompts", None, self.split)["validation"]
-        columns = held_out[: self.prompts]
+        held_out = load_part(self.source, "prompts", "validation", self.split, columns=self.columns)
+        columns = drawn(held_out, self.prompts, self.split.seed)[:]
         prompts = columns.pop("prompt")
         base = next(iter(policies))
         answers = {

@@ -35,7 +35,11 @@ class JensenShannon(Divergence):
 
 @dataclass(frozen=True)
 class AlphaDivergence(Divergence):
-    """Between the forward KL (0) and the reverse KL (1), which is DPO's."""
+    """Between the forward KL (0) and the reverse KL (1), which is DPO's.
+
+    Attributes:
+        alpha: Position between the two, in (0, 1).
+    """
 
     alpha: float = 0.5
 

@@ -23,7 +23,11 @@ from rlhf_lightning.losses.pairs import BetaLoss, Needs, PairLoss, Pairs, given,
 
 @dataclass(frozen=True)
 class DPOLoss(BetaLoss):
-    """DPO, and cDPO with ``label_smoothing``: :func:`rlhf_lightning.functional.preference.dpo_loss`."""
+    """DPO, and cDPO with ``label_smoothing``: :func:`rlhf_lightning.functional.preference.dpo_loss`.
+
+    Attributes:
+        label_smoothing: Probability that a label is flipped (cDPO), in [0, 0.5).
+    """
 
     label_smoothing: float = 0.0
 
@@ -38,7 +42,11 @@ class DPOLoss(BetaLoss):
 
 @dataclass(frozen=True)
 class RobustDPOLoss(BetaLoss):
-    """DPO for labels of which this share is flipped: :func:`rlhf_lightning.functional.preference.robust_dpo_loss`."""
+    """DPO for labels of which this share is flipped: :func:`rlhf_lightning.functional.preference.robust_dpo_loss`.
+
+    Attributes:
+        label_smoothing: Share of the labels that is flipped, in [0, 0.5).
+    """
 
     label_smoothing: float = 0.1
 
@@ -53,7 +61,11 @@ class RobustDPOLoss(BetaLoss):
 
 @dataclass(frozen=True)
 class IPOLoss(PairLoss):
-    """IPO: :func:`rlhf_lightning.functional.preference.ipo_loss`."""
+    """IPO: :func:`rlhf_lightning.functional.preference.ipo_loss`.
+
+    Attributes:
+        tau: Coefficient of the KL; the log-ratio is to lead by 1 / (2 tau). Positive.
+    """
 
     tau: float = 0.1
 
@@ -79,7 +91,11 @@ class HingeLoss(BetaLoss):
 
 @dataclass(frozen=True)
 class EXOLoss(BetaLoss):
-    """EXO on pairs: :func:`rlhf_lightning.functional.preference.exo_loss`."""
+    """EXO on pairs: :func:`rlhf_lightning.functional.preference.exo_loss`.
+
+    Attributes:
+        label_smoothing: Probability that a label is flipped, in (0, 0.5).
+    """
 
     label_smoothing: float = 0.001
 
@@ -96,7 +112,11 @@ class EXOLoss(BetaLoss):
 
 @dataclass(frozen=True)
 class DiscoPOPLoss(BetaLoss):
-    """DiscoPOP: :func:`rlhf_lightning.functional.preference.discopop_loss`."""
+    """DiscoPOP: :func:`rlhf_lightning.functional.preference.discopop_loss`.
+
+    Attributes:
+        tau: Temperature of the sigmoid that mixes the logistic and the exponential loss. Positive.
+    """
 
     tau: float = 0.05
 
@@ -111,7 +131,11 @@ class DiscoPOPLoss(BetaLoss):
 
 @dataclass(frozen=True)
 class DPOPLoss(BetaLoss):
-    """DPO that holds the chosen response up: :func:`rlhf_lightning.functional.preference.dpop_loss`."""
+    """DPO that holds the chosen response up: :func:`rlhf_lightning.functional.preference.dpop_loss`.
+
+    Attributes:
+        penalty: Weight of what the chosen response has lost against the reference, in nats. At least 0.
+    """
 
     penalty: float = 50.0
 
@@ -126,7 +150,11 @@ class DPOPLoss(BetaLoss):
 
 @dataclass(frozen=True)
 class NormalisedDPOLoss(BetaLoss):
-    """DPO on log-ratios averaged over the tokens of a response, as Tulu 3 has it; so beta is larger, 5 there."""
+    """DPO on log-ratios averaged over the tokens of a response, as Tulu 3 has it; so beta is larger, 5 there.
+
+    Attributes:
+        beta: Implicit reward a nat of log-ratio a token. Positive.
+    """
 
     beta: float = 5.0
 
@@ -139,7 +167,10 @@ class NormalisedDPOLoss(BetaLoss):
 class LDDPOLoss(BetaLoss):
     """DPO of which the tokens beyond the length of the shorter response count ``alpha``.
 
-    :func:`rlhf_lightning.functional.pair_tokens.desensitised_logprobs`, of policy and reference. 1 is DPO.
+    See :func:`rlhf_lightning.functional.pair_tokens.desensitised_logprobs`, of policy and reference. 1 is DPO.
+
+    Attributes:
+        alpha: Weight of the tokens beyond the length of the shorter response, in [0, 1]; 1 is DPO.
     """
 
     alpha: float = 0.5
@@ -163,7 +194,11 @@ class LDDPOLoss(BetaLoss):
 
 @dataclass(frozen=True)
 class FDPOLoss(BetaLoss):
-    """DPO under another divergence than the reverse KL: :mod:`rlhf_lightning.functional.divergences`."""
+    """DPO under another divergence than the reverse KL: :mod:`rlhf_lightning.functional.divergences`.
+
+    Attributes:
+        divergence: What holds the policy to the reference: ForwardKL, JensenShannon or AlphaDivergence.
+    """
 
     divergence: Divergence = ForwardKL()  # noqa: RUF009  (frozen)
 
@@ -174,7 +209,11 @@ class FDPOLoss(BetaLoss):
 
 @dataclass(frozen=True)
 class AOTLoss(BetaLoss):
-    """Alignment by optimal transport, over all pairs of a step: :func:`rlhf_lightning.functional.preference.aot_loss`."""
+    """Alignment by optimal transport, over all pairs of a step: :func:`rlhf_lightning.functional.preference.aot_loss`.
+
+    Attributes:
+        label_smoothing: Probability that a label is flipped, in [0, 0.5).
+    """
 
     label_smoothing: float = 0.0
 

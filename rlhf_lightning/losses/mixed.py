@@ -18,6 +18,10 @@ class MixedLoss(PairLoss):
     """Several losses at once, each with its weight: RPO is DPO and NLL, MPO is DPO, BCO and NLL.
 
     The implicit reward is that of the first.
+
+    Attributes:
+        losses: The losses; the first gives the implicit reward.
+        weights: One for each loss, at least 0; the first is positive.
     """
 
     losses: list[PairLoss]
@@ -57,8 +61,11 @@ class MixedLoss(PairLoss):
 class WPOLoss(PairLoss):
     """Another loss, of which each pair counts as much as its responses look like the policy's own.
 
-    :func:`rlhf_lightning.functional.pair_tokens.on_policy_weights` of chosen times rejected; without gradient, and divided by
-    the number of pairs, not by the weights.
+    The weight is :func:`rlhf_lightning.functional.pair_tokens.on_policy_weights` of chosen times rejected. It has no gradient,
+    and the loss is divided by the number of pairs, not by the weights.
+
+    Attributes:
+        loss: The loss that is weighed.
     """
 
     loss: PairLoss = DPOLoss()  # noqa: RUF009  (frozen)

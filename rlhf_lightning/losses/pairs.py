@@ -172,7 +172,11 @@ class PairLoss(ABC):
 
 @dataclass(frozen=True)
 class BetaLoss(PairLoss):
-    """A pair loss whose implicit reward is beta times the log-ratio."""
+    """A pair loss whose implicit reward is beta times the log-ratio.
+
+    Attributes:
+        beta: How strongly the policy is held to the reference: implicit reward a nat of log-ratio. Positive.
+    """
 
     beta: float = 0.1
 

@@ -44,6 +44,11 @@ class ClippedLoss(PolicyLoss):
     """A ratio a token, clipped: :func:`rlhf_lightning.functional.policy.clipped_policy_loss`.
 
     DAPO's clip-higher is ``clip_high`` .28; two-sided clipping has a ``ratio_cap``.
+
+    Attributes:
+        clip_low: The ratio is clipped below 1 minus this, in (0, 1).
+        clip_high: The ratio is clipped above 1 plus this. Positive.
+        ratio_cap: Bound on the ratio of tokens with a negative advantage, above 1 + clip_high; None for no bound.
     """
 
     clip_low: float = 0.2
@@ -65,7 +70,12 @@ class ClippedLoss(PolicyLoss):
 class SequenceClippedLoss(PolicyLoss):
     """A ratio a response, clipped: GSPO, or with ``length_normalised: false`` the RLOO of TRL.
 
-    :func:`rlhf_lightning.functional.policy.clipped_sequence_loss`.
+    See :func:`rlhf_lightning.functional.policy.clipped_sequence_loss`.
+
+    Attributes:
+        clip_low: The ratio is clipped below 1 minus this, in (0, 1).
+        clip_high: The ratio is clipped above 1 plus this. Positive.
+        length_normalised: The ratio is the geometric mean over the response's tokens (GSPO), not their product.
     """
 
     clip_low: float = 3e-4
@@ -90,7 +100,11 @@ class SequenceClippedLoss(PolicyLoss):
 
 @dataclass(frozen=True)
 class CISPOLoss(PolicyLoss):
-    """A bounded weight, no clipped gradient: :func:`rlhf_lightning.functional.policy.cispo_loss`."""
+    """A bounded weight, no clipped gradient: :func:`rlhf_lightning.functional.policy.cispo_loss`.
+
+    Attributes:
+        ratio_cap: Bound on the ratio as a token's weight, at least 1.
+    """
 
     ratio_cap: float = 5.0
 

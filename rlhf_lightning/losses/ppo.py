@@ -15,8 +15,13 @@ from rlhf_lightning.losses.checks import require_not_negative, require_positive
 class PPOLoss:
     """PPO's three terms: clipped surrogate, ``value_coef`` times the value loss, minus ``entropy_coef`` times entropy.
 
-    ``dual_clip`` bounds what a token with a negative advantage can do: its ratio counts as this at most. None for no bound.
-    ``ptx_coef`` weighs the likelihood of the text that a ``PretrainingMixDataModule`` brings along (PPO-ptx).
+    Attributes:
+        clip_range: The ratio is clipped outside 1 +- this, in (0, 1).
+        dual_clip: Bound on the ratio of tokens with a negative advantage, above 1 + clip_range; None for no bound.
+        value_clip_range: Values are clipped to this distance from those of the rollout. Positive.
+        value_coef: Weight of the value loss. At least 0.
+        entropy_coef: Weight of the entropy bonus. At least 0.
+        ptx_coef: Weight of the likelihood of the text that a ``PretrainingMixDataModule`` brings along (PPO-ptx). At least 0.
     """
 
     clip_range: float = 0.2

@@ -36,7 +36,12 @@ class LabelledLoss(ABC):
 
 @dataclass(frozen=True)
 class BradleyTerryLoss(RankingLoss):
-    """Bradley-Terry with the data's margins times ``margin_scale``, plus ``centering_coef`` times the centring term."""
+    """Bradley-Terry with the data's margins times ``margin_scale``, plus ``centering_coef`` times the centring term.
+
+    Attributes:
+        centering_coef: Weight of the term that holds the mean score of a pair at 0. At least 0.
+        margin_scale: Factor of the data's margins. At least 0.
+    """
 
     centering_coef: float = 0.01
     margin_scale: float = 1.0

@@ -18,6 +18,9 @@ class NLLLoss(PairLoss):
 
     Summed over its tokens as RPO has it, or with ``per_token`` their mean in each response, as in iterative RPO. (TRL's "sft"
     is the mean over all tokens of a micro-batch, which accumulation changes.)
+
+    Attributes:
+        per_token: Take the mean over the tokens of each response, not the sum.
     """
 
     per_token: bool = False
@@ -46,7 +49,12 @@ class NLLLoss(PairLoss):
 
 @dataclass(frozen=True)
 class CPOLoss(BetaLoss):
-    """Contrastive preference optimisation, with ``nll_coef`` times the chosen response's negative log-probability."""
+    """Contrastive preference optimisation, with ``nll_coef`` times the chosen response's negative log-probability.
+
+    Attributes:
+        nll_coef: Weight of the chosen response's negative log-probability. At least 0.
+        label_smoothing: Probability that a label is flipped, in [0, 0.5).
+    """
 
     nll_coef: float = 1.0
     label_smoothing: float = 0.0
@@ -78,7 +86,12 @@ class CPOLoss(BetaLoss):
 
 @dataclass(frozen=True)
 class SimPOLoss(BetaLoss):
-    """SimPO: :func:`rlhf_lightning.functional.reference_free.simpo_loss`; the paper has gamma / beta from .3 to .6."""
+    """SimPO: :func:`rlhf_lightning.functional.reference_free.simpo_loss`; the paper has gamma / beta from .3 to .6.
+
+    Attributes:
+        beta: Implicit reward a nat of mean log-probability of a token. Positive.
+        gamma: Reward by which the chosen response is to lead. At least 0.
+    """
 
     beta: float = 2.0
     gamma: float = 1.0
@@ -101,7 +114,11 @@ class SimPOLoss(BetaLoss):
 
 @dataclass(frozen=True)
 class ORPOLoss(BetaLoss):
-    """ORPO: the mean negative log-probability of the chosen response's tokens, and beta times the odds-ratio term."""
+    """ORPO: the mean negative log-probability of the chosen response's tokens, and beta times the odds-ratio term.
+
+    Attributes:
+        beta: Weight of the odds-ratio term. Positive.
+    """
 
     @property
     def needs(self) -> Needs:

@@ -39,7 +39,11 @@ class UnpairedLoss(ABC):
 
 @dataclass(frozen=True)
 class KTOLoss(UnpairedLoss):
-    """KTO: :func:`rlhf_lightning.functional.unpaired.kto_loss` with the KL of mismatched pairs as its reference point."""
+    """KTO: :func:`rlhf_lightning.functional.unpaired.kto_loss` with the KL of mismatched pairs as its reference point.
+
+    Attributes:
+        beta: Implicit reward a nat of log-ratio. Positive.
+    """
 
     baseline: ClassVar[Baseline] = "mismatched"
     beta: float = 0.1
@@ -68,7 +72,11 @@ class APOZeroUnpairedLoss(KTOLoss):
 
 @dataclass(frozen=True)
 class BCOUnpairedLoss(UnpairedLoss):
-    """BCO: :func:`rlhf_lightning.functional.unpaired.bco_unpaired_loss` with the running mean as its shift."""
+    """BCO: :func:`rlhf_lightning.functional.unpaired.bco_unpaired_loss` with the running mean as its shift.
+
+    Attributes:
+        beta: Implicit reward a nat of log-ratio. Positive.
+    """
 
     baseline: ClassVar[Baseline] = "running_mean"
     beta: float = 0.1

@@ -1,4 +1,4 @@
-"""The same rows in every type of file are the same rows; damaged files are refused in one line that names them."""
+"""The same rows in every type of file are the same rows; damaged files are refused in a few lines that name them."""
 
 import csv
 import gzip
@@ -15,6 +15,8 @@ from rlhf_lightning.data.formats import to_canonical
 from rlhf_lightning.data.sources import DatasetSource, FileSource
 from rlhf_lightning.data.tokenization import tokenize_demonstrations
 from rlhf_lightning.errors import UserError
+
+LINES = 11  # of an error: what is wrong, and the first ten rows
 
 
 def write_files(folder, rows):
@@ -91,7 +93,7 @@ def damaged_tables(draw):
 
 
 @pytest.mark.fuzz(40, 1400)
-def test_damage_is_refused_in_one_line_that_names_the_file(tier, tmp_path):
+def test_damage_is_refused_by_file(tier, tmp_path):
     @tier
     @given(file=st.one_of(damaged_files(), damaged_tables()))
     def holds(file):
@@ -104,7 +106,7 @@ def test_damage_is_refused_in_one_line_that_names_the_file(tier, tmp_path):
             to_canonical(rows, "prompts", origin=str(path))
         except UserError as error:
             told = str(error)
-        assert told is None or (str(path) in told and len(told.splitlines()) == 1)
+        assert told is None or (str(path) in told.splitlines()[0] and len(told.splitlines()) <= LINES)
 
     holds()
 

@@ -1,4 +1,4 @@
-"""Rows of every format become what they say; rows of no format are refused in one line that names the place."""
+"""Rows of every format become what they say; rows of no format are refused in a few lines that name the place."""
 
 import json
 
@@ -15,6 +15,7 @@ from rlhf_lightning.data.sources import FileSource
 from rlhf_lightning.data.tokenization import tokenize_demonstrations, tokenize_preferences, tokenize_prompts
 from rlhf_lightning.errors import UserError
 
+LINES = 11  # of an error: what is wrong, and the first ten rows
 KINDS = ["demonstrations", "preferences", "prompts"]
 TOKENIZE = {
     "demonstrations": tokenize_demonstrations,
@@ -67,7 +68,7 @@ def test_two_texts_are_cut_and_nothing_of_them_is_lost(tier):
 
 
 @pytest.mark.fuzz(40, 2000)
-def test_junk_is_refused_in_one_line_that_names_the_place(tier, tmp_path, in_process):
+def test_junk_is_refused_by_place(tier, tmp_path, in_process):
     path = tmp_path / "junk.jsonl"
 
     @tier
@@ -81,6 +82,6 @@ def test_junk_is_refused_in_one_line_that_names_the_place(tier, tmp_path, in_pro
         except UserError as error:
             told = str(error)
         places = str(path) if canonical is None else ("row ", "no row is left")
-        assert told is None or (told.startswith(places) and len(told.splitlines()) == 1)
+        assert told is None or (told.startswith(places) and len(told.splitlines()) <= LINES)
 
     holds()

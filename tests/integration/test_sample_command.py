@@ -14,7 +14,7 @@ from rlhf_lightning.cli import COMMANDS, main
 from rlhf_lightning.commands.parser import CommandParser
 from rlhf_lightning.commands.sample import sample
 from rlhf_lightning.data.demonstrations import DemonstrationDataModule
-from rlhf_lightning.data.splits import Split
+from rlhf_lightning.data.splits import Split, load_splits
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.candidates import PromptRows, Scorer
 from rlhf_lightning.generation.engine import SamplingParameters
@@ -22,7 +22,7 @@ from rlhf_lightning.models.export import export_folder
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.function import FunctionReward
-from rlhf_lightning.rollouts.selection import RAFT, RewardWeighted
+from rlhf_lightning.rollouts.selection import RAFT, RSO, BestOfN, RewardWeighted
 from rlhf_lightning.worlds import HHHWorld, world_tokenizer
 
 torch.set_num_threads(1)  # threads that wait for each other cost more than they give
@@ -95,6 +95,7 @@ def test_each_row_says_where_it_came_from(run, policy):
             "method": "BestOfN",
             "n": N,
             "seed": 0,
+            "split_level": 1,
         }
     assert len({a["text"] for candidate in candidates for a in candidate["samples"]}) > 2 * PROMPTS  # they are drawn
 
@@ -265,3 +266,68 @@ def test_there_is_a_config_of_each_method():
     for method in ("RAFT", "RSO", "RewardWeighted"):
         assert f"class_path: {method}" in text
     assert len(sample_configs()) >= 4
+
+
+@pytest.fixture(scope="module")
+def prompts_file(tmp_path_factory):
+    """A user's own file, in columns of its own."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    questions = HHHWorld(prompts=60, held_out=4).load("prompts")["train"]["prompt"][:]
+    path.write_text("\n".join(json.dumps({"question": question}) for question in questions))
+    return str(path)
+
+
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in (RAFT(keep=2), RSO(), RewardWeighted())]
+
+
+@pytest.mark.parametrize("method", [BestOfN(), *SLOW], ids=lambda method: type(method).__name__)
+def test_rows_sampled_from_a_file_are_trained_on_and_validated(run, policy, prompts_file, tmp_path, method, caplog):
+    """The prompts are of the training part, where the same hash would put all of them again."""
+    prompts = PromptRows(prompts_file, columns={"prompt": "question"})
+    rows = lines(run("sampled", prompts=prompts, method=method, n=4, batch_size=400))
+    assert {row["split_level"] for row in rows} == {1}
+    folder = str(tmp_path / "sft")
+    own = [f"--config={CONFIGS}/recipes/own_sft.yaml", "--model.policy.path", policy, "--data.batch_size", "16"]
+    own += ["--data.source", str(tmp_path / "sampled" / "samples.jsonl"), "--trainer.accelerator", "cpu"]
+    main(["fit", *own, "--trainer.default_root_dir", folder, "--trainer.max_epochs", "1"])
+    main(
+        [
+            "validate",
+            *own,
+            "--ckpt_path",
+            f"{folder}/checkpoints/last.ckpt",
+            "--trainer.default_root_dir",
+            f"{folder}/validate",
+        ]
+    )
+    data = DemonstrationDataModule(str(tmp_path / "sampled" / "samples.jsonl"), policy)
+    data.prepare_data()
+    trained, held_out = (len(data.rows[name]) for name in ("train", "validation"))
+    assert held_out >= 1
+    assert trained + held_out == len(rows)
+
+
+def test_rows_sampled_from_sampled_prompts_are_divided_anew(run, prompts_file, tmp_path):
+    run("once", prompts=PromptRows(prompts_file, columns={"prompt": "question"}), n=1, batch_size=400)
+    again = PromptRows(str(tmp_path / "once" / "samples.jsonl"), split=Split(validation=0.2))
+    assert {row["split_level"] for row in lines(run("twice", prompts=again, n=1, batch_size=400))} == {2}
+    for name in ("once", "twice"):
+        parts = load_splits(str(tmp_path / name / "samples.jsonl"), "demonstrations", None, Split(validation=0.2))
+        assert 1 <= len(parts["validation"]) < len(parts["train"])
+
+
+@pytest.mark.parametrize(
+    "method", [BestOfN(), RAFT(keep=2), RSO(), RewardWeighted()], ids=lambda method: type(method).__name__
+)
+def test_some_of_the_rows_of_every_method_are_held_out(run, prompts_file, tmp_path, method):
+    run("rows", prompts=PromptRows(prompts_file, columns={"prompt": "question"}), method=method, n=2, batch_size=400)
+    parts = load_splits(str(tmp_path / "rows" / "samples.jsonl"), "demonstrations", None, Split())
+    assert 1 <= len(parts["validation"]) < len(parts["train"])
+
+
+def test_a_limit_of_prompts_is_drawn(prompts_file):
+    rows = PromptRows(prompts_file, limit=10, columns={"prompt": "question"}).load()["prompt"][:]
+    whole = PromptRows(prompts_file, columns={"prompt": "question"}).load()["prompt"][:]
+    assert len(rows) == 10
+    assert rows != whole[:10]
+    assert all(row in whole for row in rows)

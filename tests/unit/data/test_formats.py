@@ -185,6 +185,39 @@ CASES = [
         Q,
     ),
     (
+        "messages-preference",
+        {"messages": [system("s"), *Q], "chosen": A, "rejected": bot("b")},
+        {"prompt": [system("s"), *Q], "completion": A},
+        {"prompt": [system("s"), *Q], "chosen": A, "rejected": B},
+        [system("s"), *Q],
+    ),
+    (
+        "swift-pairs",
+        {"messages": Q + A, "rejected_messages": Q + B},
+        {"prompt": Q, "completion": A},
+        {"prompt": Q, "chosen": A, "rejected": B},
+        Q,
+    ),
+    (
+        "openai-preference",
+        {
+            "input": {"messages": Q, "tools": [], "parallel_tool_calls": True},
+            "preferred_output": A,
+            "non_preferred_output": B,
+        },
+        {"prompt": Q, "completion": A},
+        {"prompt": Q, "chosen": A, "rejected": B},
+        Q,
+    ),
+    ("alpaca-prompt", {"instruction": "i", "input": "j"}, None, None, [user("i\nj")]),
+    (
+        "labelled-alpaca",
+        {"instruction": "q", "input": "", "output": "a", "kto_tag": True},
+        {"prompt": Q, "completion": A},
+        None,
+        Q,
+    ),
+    (
         "nemo-ranking",
         {"context": Q, "completions": [{"rank": 1, "completion": B}, {"rank": 0, "completion": A}]},
         {"prompt": Q, "completion": A},
@@ -289,7 +322,7 @@ def test_disliked_completions_demonstrate_nothing(caplog):
         (
             [{"question": "q", "answer": "a"}],
             "demonstrations",
-            r"columns question, answer; accepted are .*alpaca",
+            r"^f: unknown format: found columns question, answer\n.*prompt-completion \(prompt, completion\)",
         ),
         (
             [{"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": ""}],
@@ -307,6 +340,7 @@ def test_disliked_completions_demonstrate_nothing(caplog):
             r"row 2 \(read as prompt-completion\).*'prompt' is missing",
         ),
         ([{"prompt": "q", "chosen": " ", "rejected": "a"}], "preferences", r"'chosen' is empty"),
+        ([{"prompt": "q", "chosen": "a", "rejected": None}], "preferences", r"'rejected' is missing or null"),
         ([{"prompt": "q", "completion": "a", "label": None}], "prompts", r"'label' is None; it must be true or false"),
         ([{"prompt": 3}], "prompts", r"'prompt' holds int 3"),
         (

@@ -72,7 +72,7 @@ def test_rankings_without_an_order_are_left_out_and_counted(caplog):
         ({**THREE, "ranking": [0, 2]}, "leaves out completion 1"),
         ({**THREE, "ranking": None}, "column 'ranking' is None"),
         ({"prompt": "q", "completions": [], "ranks": []}, "a list of answers, not empty"),
-        ({"prompt": "q", "completions": ["a", ""], "ranks": [0, 1]}, "column 'completions' is empty"),
+        ({"prompt": "q", "completions": ["a", None], "ranks": [0, 1]}, "column 'completions' is missing or null"),
         ({**THREE, "ranks": [0, 1, 2], "weight": -1}, "column 'weight' is -1"),
         (
             {"context": Q, "completions": [{"rank": 0, "completion": "a"}, {"rank": "x", "completion": "b"}]},
