@@ -126,9 +126,12 @@ def _measured(
         bounds.append(bound if short else 0)
     if bounds[0]:  # or does the rule begin at so many tokens of all packed sequences together?
         short_rows = _kept(kind, config, list(fields), packed, padded, SHORT)
-        # Longer rows will be padded with the same attention: some models make their masks by its name.
+        bounds[0] = bounds[0] if short_rows and short_rows[0] else 0
+    if (
+        bounds[0] and bounds[1] is None
+    ):  # longer rows will be padded; some models make their masks by the attention's name
         long_rows = _kept(kind, config, list(fields), unpacked, padded)
-        bounds[0] = bounds[0] if short_rows and short_rows[0] and long_rows and long_rows[0] else 0
+        bounds[0] = bounds[0] if long_rows and long_rows[0] else 0
     return LengthRules(*bounds)
 
 
