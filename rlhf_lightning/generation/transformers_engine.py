@@ -111,7 +111,8 @@ class DrawnLogprobs(LogitsProcessor):
 
     def _saw(self, tokens: Tensor) -> None:
         assert self.before is not None
-        self.logprobs.append(self.before.gather(-1, tokens[:, None]).squeeze(-1).float())
+        known = tokens.clamp(max=self.before.shape[-1] - 1)  # after its end a row may be padded with an id without logit
+        self.logprobs.append(self.before.gather(-1, known[:, None]).squeeze(-1).float())
 
     def of(self, tokens: Tensor) -> Tensor:
         """The log-probabilities of all that was drawn; anything after the end of a response.
