@@ -6,6 +6,8 @@ from rlhf_lightning.data.rows import WEIGHT, Row, read_weight
 from rlhf_lightning.data.sources import Kind
 from rlhf_lightning.errors import UserError
 
+LARGEST_MARGIN = 3.4028234663852886e38  # of float32
+
 # The columns that are read beside those of a format, by kind.
 ANNOTATIONS: dict[Kind, tuple[str, ...]] = {
     "preferences": (WEIGHT, "chosen_probability", "tie"),
@@ -44,6 +46,20 @@ def read_probability(row: Row) -> float:
     if tie and probability != 0.5:
         raise UserError(f"column 'chosen_probability' is {probability!r:.40} where 'tie' is true; a tie is 0.5")
     return float(probability)
+
+
+def read_margin(row: Row) -> float:
+    """How much better the chosen side was judged; 0 where the column is absent or null.
+
+    Raises:
+        UserError: If it is no number.
+    """
+    margin = row.get("margin")
+    if margin is None:
+        return 0.0
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= LARGEST_MARGIN:
+        raise UserError(f"column 'margin' is {margin!r:.40}; it must be a finite number")
+    return float(margin)
 
 
 def is_number(value: object) -> bool:

@@ -13,7 +13,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from rlhf_lightning.data.bad_rows import BadRows, Places, Policy
 from rlhf_lightning.data.columns import AS_THEY_ARE, ColumnMap
-from rlhf_lightning.data.formats import BESIDE, READ, TEMPLATE, Converter, detect_format, find_format
+from rlhf_lightning.data.format_table import BESIDE, READ, TEMPLATE, detect_format, find_format
+from rlhf_lightning.data.formats import Converter
 from rlhf_lightning.data.rows import BAD, ROW_PLACE, BadRowError, Row
 from rlhf_lightning.data.sources import Kind
 from rlhf_lightning.data.streams import stream_rows

@@ -4,6 +4,7 @@ import logging
 from typing import Literal, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from rlhf_lightning.errors import UserError
@@ -86,3 +87,9 @@ def numbers(rows: Dataset, column: str) -> np.ndarray:
     """A column of numbers as an array of its own type: of 10 million lengths, 40 MB."""
     table = rows.select_columns([column]).with_format("arrow")[:]
     return table[column].to_numpy()
+
+
+def any_items(rows: Dataset, column: str) -> bool:
+    """Whether a list of a column has items."""
+    values = rows.select_columns([column]).with_format("arrow")[:][column]
+    return bool(pc.any(pc.greater(pc.list_value_length(values), 0)).as_py())

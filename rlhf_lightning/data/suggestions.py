@@ -13,7 +13,7 @@ from rlhf_lightning.data.sources import Kind
 from rlhf_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from rlhf_lightning.data.formats import Format
+    from rlhf_lightning.data.format_table import Format
 
 SHOWN_COLUMNS = 12
 LONGEST_NAME = 40

@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data import notes
-from rlhf_lightning.data.annotations import read_probability
+from rlhf_lightning.data.annotations import read_margin, read_probability
 from rlhf_lightning.data.bad_rows import BadRows, Places
 from rlhf_lightning.data.cache import cached_map
 from rlhf_lightning.data.demonstration_plans import demonstration_plans, earlier_answers, join_demonstration
@@ -25,7 +23,7 @@ from rlhf_lightning.data.encoding import encode_pair as encode_pair
 from rlhf_lightning.data.encoding import encode_pairs as encode_pairs
 from rlhf_lightning.data.encoding import encode_prompt as encode_prompt
 from rlhf_lightning.data.encoding import encode_text as encode_text
-from rlhf_lightning.data.limits import LARGEST, Limit, apply, longest
+from rlhf_lightning.data.limits import LARGEST, Limit, any_items, apply, longest
 from rlhf_lightning.data.messages import Message
 from rlhf_lightning.data.prompt_split import prompt_key as prompt_key
 from rlhf_lightning.data.prompt_split import split_by_prompt as split_by_prompt
@@ -56,7 +54,6 @@ DIFFER = (
     "the user or system turns of the answers differ after these part, so they answer different prompts; set "
     "data.differing_prompts to 'drop', or to 'accept' to compare them all the same"
 )
-LARGEST_MARGIN = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -194,12 +191,6 @@ class Tokenization:
             rows = apply(limit, rows)
         unused = [name for name in SKIPS if name in self.features and not any_items(rows, name)]
         return rows.remove_columns([*(name for name in COUNTED if name in features), *unused])
-
-
-def any_items(rows: Dataset, column: str) -> bool:
-    """Whether a list of a column has items."""
-    values = rows.select_columns([column]).with_format("arrow")[:][column]
-    return bool(pc.any(pc.greater(pc.list_value_length(values), 0)).as_py())
 
 
 def demonstrations(
@@ -401,17 +392,3 @@ def blame(name: str, row: Row) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{name} ({str(next(iter(row.values())))[:40]!r}...): {error}") from error
-
-
-def read_margin(row: Row) -> float:
-    """How much better the chosen side was judged; 0 where the column is absent or null.
-
-    Raises:
-        UserError: If it is no number.
-    """
-    margin = row.get("margin")
-    if margin is None:
-        return 0.0
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= LARGEST_MARGIN:
-        raise UserError(f"column 'margin' is {margin!r:.40}; it must be a finite number")
-    return float(margin)

@@ -10,7 +10,7 @@ from rlhf_lightning.data.suggestions import MEDIA, PROMPT_LIKE, fold, is_mapping
 from rlhf_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from rlhf_lightning.data.formats import Format
+    from rlhf_lightning.data.format_table import Format
 
 
 class Watch:

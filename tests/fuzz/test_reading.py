@@ -9,7 +9,8 @@ from strategies import CASES, SAID, junk_tables
 from tokenizers_at_hand import TOKENIZERS
 
 from rlhf_lightning.data.files import from_rows
-from rlhf_lightning.data.formats import detect_format, to_canonical
+from rlhf_lightning.data.format_table import detect_format
+from rlhf_lightning.data.formats import to_canonical
 from rlhf_lightning.data.implicit_prompt import split_texts
 from rlhf_lightning.data.sources import FileSource
 from rlhf_lightning.data.tokenization import tokenize_demonstrations, tokenize_preferences, tokenize_prompts

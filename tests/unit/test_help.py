@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 import rlhf_lightning.cli
 import rlhf_lightning.losses
-from rlhf_lightning.data.formats import FORMATS
+from rlhf_lightning.data.format_table import FORMATS
 from rlhf_lightning.data.module import RowsDataModule
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.data.splits import Split

@@ -7,7 +7,8 @@ from datasets import Dataset, Features, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.data.formats import FORMATS, detect_format, to_canonical
+from rlhf_lightning.data.format_table import FORMATS, detect_format
+from rlhf_lightning.data.formats import to_canonical
 from rlhf_lightning.data.implicit_prompt import split_conversations, split_texts
 from rlhf_lightning.data.sources import FileSource
 from rlhf_lightning.errors import UserError

@@ -8,7 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from rlhf_lightning.data.formats import Converter, detect_format, to_canonical
+from rlhf_lightning.data.format_table import detect_format
+from rlhf_lightning.data.formats import Converter, to_canonical
 from rlhf_lightning.data.message_trees import MessageTreeSource
 from rlhf_lightning.data.rankings import RankingCollator, RankingDataModule, rankings
 from rlhf_lightning.data.tokenization import tokenize_preferences
