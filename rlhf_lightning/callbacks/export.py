@@ -26,6 +26,9 @@ class ExportAtEnd(Callback):
         if trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         run = trainer.default_root_dir
+        if getattr(pl_module, "unmeasured", False):  # a run that failed in measuring its scores, and was completed now
+            pl_module.to(trainer.strategy.root_device)
+            pl_module.measure_scores()  # type: ignore[operator]
         try:
             export_module(pl_module, self.folder or Path(run, "export"), trainer.is_global_zero, self.merge)
         except UserError as error:

@@ -1,5 +1,6 @@
 """A checkpoint as a Hugging Face folder."""
 
+import logging
 from pathlib import Path
 
 from rlhf_lightning.callbacks.checkpoint_file import LAST, read
@@ -7,6 +8,8 @@ from rlhf_lightning.callbacks.export import export_module
 from rlhf_lightning.commands.restore import restored_module
 from rlhf_lightning.commands.run_folder import CONFIG
 from rlhf_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def export(run: str, checkpoint: str | None = None, output: str | None = None, merge: bool = True) -> None:
@@ -28,5 +31,12 @@ def export(run: str, checkpoint: str | None = None, output: str | None = None, m
         raise UserError(
             f"{path} does not exist; {'there are ' + ', '.join(found) if found else 'the run has no checkpoint'}"
         )
-    module = restored_module(folder / CONFIG, read(path))
+    read_checkpoint = read(path)
+    if "measured_at" in read_checkpoint and read_checkpoint["measured_at"] is None:
+        log.warning(
+            "%s was written before its scores were normalised and calibrated: they are exported at the scale that is in it; "
+            "to measure them, run the fit again with --ckpt_path last",
+            path,
+        )
+    module = restored_module(folder / CONFIG, read_checkpoint)
     print(export_module(module, output or folder / "export", merge=merge))

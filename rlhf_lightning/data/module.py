@@ -112,6 +112,15 @@ class RowsDataModule(lightning.LightningDataModule):
             window_rows=source.window_rows,
         )
 
+    def scored_batches(self, name: str) -> RowLoader | StreamLoader:
+        """Batches of a split to measure scores on: of "train" in the random order of the first epoch, from its beginning.
+
+        The rows of a stream are read anew; their order is random within ``window_rows``.
+        """
+        if name == "train" and isinstance(self.source, StreamSource):
+            return self.stream(self.source)
+        return self.loader(name, shuffle=name == "train")
+
     def fingerprint(self) -> dict[str, Any]:
         """Number and hash of the tokenized training rows, in their order; of a stream, of its files, by name and size."""
         if not self._fingerprint and isinstance(self.source, StreamSource):

@@ -1,5 +1,6 @@
 """What a batch of comparisons says about scores, whichever kind it is: pairs, rankings, or single labelled responses."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +80,25 @@ def differences(batch: RewardBatch, scores: Tensor) -> Tensor:
         return lead
     told = pairs.probability != 0.5
     return torch.where(pairs.probability < 0.5, -lead, lead)[told]
+
+
+def pair_hashes(batch: RewardBatch) -> Tensor:
+    """Hashes of the prompt of each pair, and of the prompt with the better response, in the order of :func:`differences`.
+
+    Shape (pairs, 2), int64, on the CPU: the same on every rank and in every order of the rows.
+    """
+    rows = torch.arange(len(batch.label)) if isinstance(batch, UnpairedBatch) else compared(batch).better.cpu()
+    if isinstance(batch, PreferenceBatch) and batch.probability is not None:
+        rows = rows[(batch.probability != 0.5).cpu()]
+    ids, real, response = (x.cpu() for x in (batch.input_ids, batch.attention_mask, batch.response_mask))
+    hashes = [[row_hash(ids[i][mask]) for mask in (real[i] & ~response[i], real[i])] for i in rows.tolist()]
+    return torch.tensor(hashes, dtype=torch.int64).reshape(-1, 2)
+
+
+def row_hash(ids: Tensor) -> int:
+    """A hash of token ids that is the same in every process."""
+    digest = hashlib.blake2b(ids.numpy().tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def diagnostics(batch: RewardBatch, scores: Tensor) -> Counted:

@@ -16,7 +16,7 @@ from rlhf_lightning.batches import UnpairedBatch
 from rlhf_lightning.data.module import RowsDataModule
 from rlhf_lightning.data.sources import Kind
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.functional.calibration import fit_temperature
+from rlhf_lightning.functional.calibration import first_half, held_out_calibration
 from rlhf_lightning.functional.ensembles import disagreement
 from rlhf_lightning.functional.ranking import expected_calibration_error
 from rlhf_lightning.losses import BradleyTerryLoss, LabelledLoss, ListLoss, RankingLoss
@@ -27,11 +27,13 @@ from rlhf_lightning.modules.guard import StepGuard
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled, trained_parameters
+from rlhf_lightning.modules.ranks import over_ranks
 from rlhf_lightning.modules.reward_batches import (
     Counted,
     RewardBatch,
     diagnostics,
     differences,
+    pair_hashes,
     shown,
     size,
     summed_loss,
@@ -77,8 +79,9 @@ class RewardModelModule(LightningModule):
             normalise: After each epoch, measure the scores of training responses, and keep the shift and scale that give
                 them mean 0 and standard deviation 1 with the weights.
             ensemble: Train several members at once, each on the whole loss; None for one.
-            calibrate: After each epoch, find on the held-out rows the temperature at which score differences are log-odds,
-                keep it with the weights, and report the calibration error before and after.
+            calibrate: After each epoch, find the temperature at which score differences are log-odds, and keep it with the
+                weights. It is fitted to the held-out rows of one half of the prompts; the calibration error before and after
+                is measured on those of the other half.
         """
         super().__init__()
         self.network_spec, self.loss, self.normalise, self.calibrate = network, loss, normalise, calibrate
@@ -87,6 +90,7 @@ class RewardModelModule(LightningModule):
         self.network: ScalarModel | ScalarEnsemble | None = None
         self.train_means, self.eval_means = score_means(), score_means()
         self.guard = StepGuard()
+        self.measured_at: int | None = None
         self._eval_differences: list[Tensor] = []
 
     def configure_model(self) -> None:
@@ -136,20 +140,41 @@ class RewardModelModule(LightningModule):
         for kind, readers, read in READ:
             if isinstance(self.loss, kind) and datamodule.kind not in read:
                 raise UserError(f"{type(self.loss).__name__} reads {readers}, not {type(datamodule).__name__}")
-        if self.calibrate and "validation" not in datamodule.rows:
-            raise UserError("calibrate needs held-out rows; set data.split.validation above 0, or calibrate to false")
+        held_out = len(datamodule.rows.get("validation", []))
+        if self.calibrate and held_out < 2:
+            raise UserError(
+                f"calibrate needs held-out rows, one half to fit to and one to measure on, and there are {held_out}; set "
+                "data.split.validation above 0, or calibrate to false"
+            )
+
+    def on_train_epoch_end(self) -> None:
+        if self.unmeasured:
+            self.measure_scores()
+
+    @property
+    def unmeasured(self) -> bool:
+        """Whether normalisation and calibration are wanted and not those of the present weights."""
+        return (self.normalise or self.calibrate) and self.measured_at != self.trainer.global_step
 
     @torch.no_grad()
-    def on_train_epoch_end(self) -> None:
+    def measure_scores(self) -> None:
+        """Normalise and calibrate as configured; every rank must call. The weights stay as they are."""
         if self.normalise:
             self._normalise()
         if self.calibrate:
             self._calibrate()
+        self.measured_at = self.trainer.global_step
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["measured_at"] = None if self.unmeasured else self.trainer.global_step
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.measured_at = checkpoint.get("measured_at")
 
     def _scored(self, name: str, batches: int | None = None) -> Iterator[tuple[RewardBatch, Tensor]]:
-        """Batches of a split with their raw scores; every rank takes as many: under FSDP2 one would wait for the other."""
+        """Batches of a split with their raw scores; all ranks read equally many, because FSDP2 gathers weights in each."""
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        for batch in islice(datamodule.loader(name, shuffle=name == "train"), batches):
+        for batch in islice(datamodule.scored_batches(name), batches):
             there = self.transfer_batch_to_device(batch, self.device, 0)
             yield there, self(there)
 
@@ -167,19 +192,33 @@ class RewardModelModule(LightningModule):
         self.network.normalise(mean, (squares / count - mean**2).clamp(min=1e-12).sqrt())
 
     def _calibrate(self) -> None:
-        """The temperature of each member on the held-out rows, and what it does to the calibration error."""
+        """The temperature of each member, fitted to one half of the held-out pairs; the other half shows what it changes.
+
+        A hash of the prompt decides which half a pair is in, so that neither the order of the rows nor the number of ranks
+        matters, and no prompt is in both. Where all pairs have one prompt, the better response is hashed too.
+        """
         assert self.network is not None
-        lead = torch.cat([self._leads(batch, scores) for batch, scores in self._scored("validation")])
-        all_sum = partial(self.trainer.strategy.reduce, reduce_op="sum")
-        temperature = torch.tensor([fit_temperature(own, all_sum=all_sum) for own in lead.unbind(-1)])
-        self.network.calibrate(temperature)
-        before, after = (
-            float(self._calibration_error(x)) for x in (lead, lead / temperature.to(lead.device, lead.dtype))
-        )
-        log.info("temperature %s: calibration error %.4f, with it %.4f", temperature.tolist(), before, after)
+        found = [(self._leads(batch, scores).cpu(), pair_hashes(batch)) for batch, scores in self._scored("validation")]
+        leads, hashes = (torch.cat(parts) for parts in zip(*found, strict=True))
+        lead, keys = (torch.cat(parts) for parts in zip(*over_ranks(self.trainer, (leads, hashes)), strict=True))
+        prompts = keys[:, 0].unique()
+        fitted = first_half(keys[:, 0] if len(prompts) > 1 else keys[:, 1])
+        if not 0 < fitted.sum() < len(fitted):
+            raise UserError(
+                f"calibrate needs held-out pairs to fit a temperature to and others to measure it on, and {len(lead)} can't be "
+                "divided; raise data.split.validation, or set calibrate to false"
+            )
+        temperature, before, after = held_out_calibration(lead, fitted)
+        self.network.calibrate(temperature.to(self.device))
+        counts = {"fitted": int(fitted.sum()), "measured": int((~fitted).sum())}
+        if self.trainer.is_global_zero:
+            log.info(
+                "temperature %s, fitted to %d held-out pairs (of every second prompt, by its hash); calibration error on the other "
+                "%d: %.4f without, %.4f with it", temperature.tolist(), counts["fitted"], counts["measured"], before, after,
+            )
         for logger in self.loggers:
-            values = {"calibration/temperature": float(temperature.mean()), "calibration/before": before}
-            logger.log_metrics(values | {"calibration/after": after}, step=self.global_step)
+            values = {"temperature": float(temperature.mean()), "before": before, "after": after, **counts}
+            logger.log_metrics({f"calibration/{name}": x for name, x in values.items()}, step=self.global_step)
 
     @staticmethod
     def _leads(batch: RewardBatch, scores: Tensor) -> Tensor:
