@@ -48,7 +48,7 @@ class SampleTable(Callback):
             self._batch = pl_module.transfer_batch_to_device(kept, pl_module.device, 0)
         self._batch = self._batch if self._batch is not None else batch  # the same prompts every time
         samples = pl_module.show(self._batch, self.count)
-        self.rows += [[step, *sample] for sample in samples]
+        self.rows += [[step, sample.prompt, labelled(sample), sample.score] for sample in samples]
         for logger in trainer.loggers:
             log_samples(logger, COLUMNS, self.rows, trainer.global_step)
         self._print(samples, f"{type(pl_module).__name__}, step {step}")
@@ -65,8 +65,13 @@ def sample_panel(samples: list[Sample], title: str) -> Table:
     table.add_column("response", ratio=3)
     table.add_column("score", justify="right", width=8)
     for sample in samples:
-        table.add_row(plain(sample.prompt), plain(sample.response), f"{sample.score:.2f}")
+        table.add_row(plain(sample.prompt), plain(labelled(sample)), f"{sample.score:.2f}")
     return table
+
+
+def labelled(sample: Sample) -> str:
+    """A response behind what it is of its row: chosen, rejected, its rank."""
+    return sample.response if sample.side is None else f"{sample.side}: {sample.response}"
 
 
 def plain(text: str) -> Text:

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from rlhf_lightning.data.cache import dataset_hash
 from rlhf_lightning.data.chunks import make_reading
 from rlhf_lightning.data.limits import numbers
 from rlhf_lightning.data.loaders import RowLoader, make_loader, placement, whereabouts
+from rlhf_lightning.data.rows import ROW_INDEX
 from rlhf_lightning.data.sources import Kind, Source
 from rlhf_lightning.data.splits import Split, find_tokenizer, load_splits
 from rlhf_lightning.data.streaming import Known, StreamLoader, check_stream
@@ -80,7 +81,7 @@ class RowsDataModule(lightning.LightningDataModule):
     def _load(self) -> None:
         self.tokenizer = find_tokenizer(self.tokenizer_path, self.source, self.trainer)
         set_default_variables(self.tokenizer, self.chat_template_kwargs)
-        splits = load_splits(self.source, self.kind, self.format, self.split)
+        splits = load_splits(self.source, self.kind, self.format, self.split, indexed=True)
         self.rows = {name: self.tokenization()().tokenize(rows) for name, rows in splits.items()}
 
     def loader(self, name: str, *, shuffle: bool) -> RowLoader:
@@ -127,7 +128,8 @@ class RowsDataModule(lightning.LightningDataModule):
             files = [(str(file), file.stat().st_size) for file in self.source.files()]
             self._fingerprint = {"rows": len(files), "hash": hashlib.sha256(repr(files).encode()).hexdigest()}
         if not self._fingerprint:
-            self._fingerprint = {"rows": len(self.rows["train"]), "hash": dataset_hash(self.rows["train"])}
+            rows = self.rows["train"].select_columns([x for x in self.rows["train"].column_names if x != ROW_INDEX])
+            self._fingerprint = {"rows": len(rows), "hash": dataset_hash(rows)}
         return self._fingerprint
 
     def state_dict(self) -> dict[str, Any]:
@@ -172,6 +174,14 @@ class RowsDataModule(lightning.LightningDataModule):
     def test_dataloader(self) -> Any:
         """Out-of-distribution rows where the source has them, else the held-out ones."""
         return self.loader("ood", shuffle=False) if "ood" in self.rows else self.val_dataloader()
+
+    def predicted_rows(self, batch: Sequence[int]) -> list[int]:
+        """Where rows of :meth:`predict_dataloader` are in their file, or in their split of the source; from 0 on.
+
+        Args:
+            batch: Their indices among the tokenized rows.
+        """
+        return self.rows["validation"][batch][ROW_INDEX]
 
     def predict_dataloader(self) -> Any:
         """What ``predict`` goes over: the held-out rows."""

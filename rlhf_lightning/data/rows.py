@@ -10,6 +10,7 @@ from rlhf_lightning.errors import UserError
 Row = dict[str, Any]
 WEIGHT = "weight"  # the column of what a row weighs in a loss
 LARGEST_WEIGHT = 1e30
+ROW_INDEX = "index of the row"  # the column of where a row is in its source, from 0 on; no file has one of that name
 
 # Columns that hold text wherever they are not lists of messages.
 TEXT_COLUMNS = (

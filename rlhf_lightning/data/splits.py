@@ -4,11 +4,13 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data.chat import ensure_chat_template
 from rlhf_lightning.data.formats import to_canonical
+from rlhf_lightning.data.rows import ROW_INDEX
 from rlhf_lightning.data.sources import Kind, Source, as_source
 from rlhf_lightning.data.tokenization import split_by_prompt
 from rlhf_lightning.data.tokenizers import load_tokenizer, repair_pad_token
@@ -38,15 +40,24 @@ class Split:
 
 
 def load_splits(
-    source: str | Dataset | DatasetDict | Source, kind: Kind, format: str | None, split: Split
+    source: str | Dataset | DatasetDict | Source, kind: Kind, format: str | None, split: Split, *, indexed: bool = False
 ) -> DatasetDict:
     """Rows in canonical form, with "train" unless they are a stream and, unless ``split.validation`` is 0, "validation".
+
+    Args:
+        source: Where rows come from.
+        kind: What they are wanted for.
+        format: Name of their format; None to detect it.
+        split: How they are divided.
+        indexed: Add the column ``ROW_INDEX``: where each row is in its part of the source.
 
     Raises:
         UserError: If the source can't be read, its format is unknown, or nothing is left to train on.
     """
     chosen = as_source(source)
     loaded = chosen.load(kind)
+    if indexed:
+        loaded = DatasetDict({name: part.add_column(ROW_INDEX, np.arange(len(part))) for name, part in loaded.items()})
     rows = DatasetDict({name: to_canonical(part, kind, format, origin=str(chosen)) for name, part in loaded.items()})
     if "train" not in rows:  # they are read in training
         if "validation" not in rows and split.validation > 0:

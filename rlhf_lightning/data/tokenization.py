@@ -28,7 +28,7 @@ from rlhf_lightning.data.limits import LARGEST, Limit, apply, longest
 from rlhf_lightning.data.messages import Message
 from rlhf_lightning.data.prompt_split import prompt_key as prompt_key
 from rlhf_lightning.data.prompt_split import split_by_prompt as split_by_prompt
-from rlhf_lightning.data.rows import WEIGHT, Row, read_weight
+from rlhf_lightning.data.rows import ROW_INDEX, WEIGHT, Row, read_weight
 from rlhf_lightning.data.template_inputs import KWARGS, default_variables, inputs_of
 from rlhf_lightning.data.template_inputs import tools_of as tools_of
 from rlhf_lightning.data.tokenizers import tokenizer_fingerprint
@@ -148,7 +148,8 @@ class Tokenization:
                 name,
                 self.kind,
             )
-        given = {name: of for name, of in dataset.features.items() if name in own and name not in notes.FEATURES}
+        carried = own | ({ROW_INDEX} & set(dataset.column_names))
+        given = {name: of for name, of in dataset.features.items() if name in carried and name not in notes.FEATURES}
         features = Features({**given, **self.features, **notes.FEATURES})
 
         def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:

@@ -117,15 +117,16 @@ def diagnostics(batch: RewardBatch, scores: Tensor) -> Counted:
     return found
 
 
-def shown(batch: RewardBatch, count: int) -> list[tuple[int, str]]:
-    """Places of the responses to the first ``count`` prompts, and what people said of each."""
+def shown(batch: RewardBatch, count: int) -> list[tuple[int, str, int]]:
+    """Indices of the responses to the first ``count`` prompts, what people said of each, and the index of its row."""
     if isinstance(batch, PreferenceBatch):
         pairs = len(batch.margin)
         return [
-            (place, name)
+            (place, name, row)
             for row in range(min(count, pairs))
             for place, name in ((row, "chosen"), (row + pairs, "rejected"))
         ]
     if isinstance(batch, RankingBatch):
-        return [(row, f"rank {rank:g}") for row, rank in enumerate(batch.ranks[batch.prompt < count].tolist())]
-    return [(row, "right" if label else "wrong") for row, label in enumerate(batch.label[:count].tolist())]
+        first = zip(batch.ranks.tolist(), batch.prompt.tolist(), strict=True)
+        return [(index, f"rank {rank:g}", row) for index, (rank, row) in enumerate(first) if row < count]
+    return [(row, "right" if label else "wrong", row) for row, label in enumerate(batch.label[:count].tolist())]

@@ -238,16 +238,16 @@ class RewardModelModule(LightningModule):
         """A few responses with their scores; of pairs the chosen before the rejected one."""
         assert self.network is not None
         lines = shown(batch, count)
-        places = torch.tensor([place for place, _ in lines], device=batch.input_ids.device)
+        places = torch.tensor([place for place, _, _ in lines], device=batch.input_ids.device)
         ids, attention, response = (x[places] for x in (batch.input_ids, batch.attention_mask, batch.response_mask))
         scores = self.network(ids, attention)
         scores = scores.mean(dim=-1) if scores.dim() == 2 else scores
         samples = []
-        for line, ((_, name), score) in enumerate(zip(lines, scores.tolist(), strict=True)):
+        for line, ((_, side, row), score) in enumerate(zip(lines, scores.tolist(), strict=True)):
             before = response[line].cumsum(dim=0) == 0  # a response may hold turns that are not the assistant's
             parts = [ids[line][attention[line] & own].tolist() for own in (before, ~before)]
             texts = self.tokenizer.batch_decode(parts, skip_special_tokens=True)
-            samples.append(Sample(texts[0], f"{name}: {texts[1]}", score))
+            samples.append(Sample(texts[0], texts[1], score, side=side, row=row))
         return samples
 
     def predict_step(self, batch: RewardBatch, batch_idx: int) -> list[Sample]:

@@ -16,11 +16,24 @@ from rlhf_lightning.rollouts.collect import Responses, generate_responses
 
 
 class Sample(NamedTuple):
-    """One line of a sample table; what the score is, the module says."""
+    """A response that is shown or predicted; the module defines the score.
+
+    Attributes:
+        prompt: Text of the prompt, or of its last message.
+        response: Text of the response.
+        score: Of the response.
+        side: Which response of its row it is: "chosen" or "rejected", "liked" or "disliked", "rank 2"; None where it was
+            sampled, or the row has one only.
+        row: Index of its row in the batch; None if samples are in the order of the rows, one each.
+        step_scores: The probability that each labelled step is right, in order; None except for process rewards.
+    """
 
     prompt: str
     response: str
     score: float
+    side: str | None = None
+    row: int | None = None
+    step_scores: list[float] | None = None
 
 
 def sampled_responses(
