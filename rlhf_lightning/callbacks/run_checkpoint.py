@@ -165,9 +165,10 @@ class RunCheckpoint(ModelCheckpoint):
     def _measure_if_best(self, trainer: Trainer, candidates: dict[str, Any]) -> None:
         """Normalise and calibrate a reward model that is about to be kept as one of the best, on its own scores."""
         module: Any = trainer.lightning_module
-        if getattr(module, "unmeasured", False) and self.monitor is not None:
-            if self.check_monitor_top_k(trainer, candidates[self.monitor]):
-                module.measure_scores()
+        if self.monitor is None or not getattr(module, "unmeasured", False):
+            return
+        if self.check_monitor_top_k(trainer, candidates[self.monitor]):
+            module.measure_scores()
 
     def _save_if(self, trainer: Trainer, wanted: bool, keep_best: bool = True) -> None:
         if not wanted or trainer.fast_dev_run:  # type: ignore[attr-defined]

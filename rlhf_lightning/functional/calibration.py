@@ -60,7 +60,8 @@ def held_out_calibration(difference: Tensor, fitted: Tensor) -> tuple[Tensor, fl
             Shape (pairs,), bool.
 
     Returns:
-        The temperature of each member, shape (members,), float32; the calibration error without and with it, a mean over members.
+        The temperature of each member, shape (members,), float32; the calibration error without and with it, means over the
+        members.
     """
     temperature = torch.tensor([fit_temperature(member) for member in difference[fitted].unbind(-1)])
     others = difference[~fitted].float()

@@ -213,8 +213,13 @@ class RewardModelModule(LightningModule):
         counts = {"fitted": int(fitted.sum()), "measured": int((~fitted).sum())}
         if self.trainer.is_global_zero:
             log.info(
-                "temperature %s, fitted to %d held-out pairs (of every second prompt, by its hash); calibration error on the other "
-                "%d: %.4f without, %.4f with it", temperature.tolist(), counts["fitted"], counts["measured"], before, after,
+                "temperature %s, fitted to %d held-out pairs (one half of the prompts, by a hash of the prompt); calibration "
+                "error on the other %d: %.4f without, %.4f with it",
+                temperature.tolist(),
+                counts["fitted"],
+                counts["measured"],
+                before,
+                after,
             )
         for logger in self.loggers:
             values = {"temperature": float(temperature.mean()), "before": before, "after": after, **counts}

@@ -5,9 +5,11 @@ import shlex
 
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from safetensors.torch import load_file
 
 from rlhf_lightning.callbacks import export
+from rlhf_lightning.callbacks.loggers import run_loggers
 from rlhf_lightning.cli import main
 from rlhf_lightning.modules import OnlineDPOModule, RewardModelModule
 from rlhf_lightning.rewards.reward import Samples, checked_scores
@@ -96,7 +98,9 @@ def test_an_export_that_fails(method, base, tmp_path, monkeypatch, capsys):
     main(written)
     (weights, *_) = sorted((run / "export").rglob("model.safetensors"))
     trained = load_file(weights)
-    kept = {name: value for name, value in checkpoint["state_dict"].items() if name.endswith("layers.0.mlp.up_proj.weight")}
+    kept = {
+        name: value for name, value in checkpoint["state_dict"].items() if name.endswith("layers.0.mlp.up_proj.weight")
+    }
     (name, *_) = [name for name in trained if name.endswith("layers.0.mlp.up_proj.weight")]
     assert any(torch.equal(trained[name], value) for value in kept.values())
 
@@ -113,7 +117,10 @@ def test_a_measurement_of_scores_that_fails(method, base, tmp_path, monkeypatch,
     main(command(method, base, run, "--ckpt_path", "last"))
     for config in (run / "export").rglob("config.json"):
         other = undisturbed / config.relative_to(run)
-        scales = [{k: v for k, v in json.loads(path.read_text()).items() if k.startswith("reward_")} for path in (config, other)]
+        scales = [
+            {k: v for k, v in json.loads(path.read_text()).items() if k.startswith("reward_")}
+            for path in (config, other)
+        ]
         assert scales[0] == scales[1]
         assert scales[0]["reward_gain"] != 1.0
 
@@ -157,10 +164,31 @@ def test_a_reward_model_on_a_stream_is_normalised_on_rows_of_the_stream(base, tm
 def test_the_best_reward_model_is_normalised_on_its_own_scores(base, tmp_path):
     """Kept at a validation amid an epoch, when nothing but the last epoch's end was measured before."""
     run = tmp_path / "run"
-    more = ["--trainer.val_check_interval", "2", "--trainer.limit_train_batches", "7", "--checkpoint.monitor", "eval/loss"]
+    more = [
+        "--trainer.val_check_interval",
+        "2",
+        "--trainer.limit_train_batches",
+        "7",
+        "--checkpoint.monitor",
+        "eval/loss",
+    ]
     main(command("reward", base, run, *more, "--checkpoint.mode", "max", "--model.optimizer.lr", "0.01"))
     (best,) = (run / "checkpoints").glob("step=*.ckpt")
     assert torch.load(best, weights_only=True)["global_step"] < 4
     main(["export", "--run", str(run), "--checkpoint", str(best), "--output", str(tmp_path / "best")])
     rows = HHHWorld(held_out=8, preferences=48).load("preferences")["train"].to_list()
     assert mean_and_deviation(tmp_path / "best", rows) == pytest.approx((0.0, 1.0), abs=1e-3)
+
+
+class BrokenEnd(DummyLogger):
+    """A logger that works until it is closed."""
+
+    def finalize(self, status):
+        raise TypeError("planted")
+
+
+def test_a_logger_that_cannot_be_closed_does_not_make_the_run_a_failure(caplog):
+    _, logger = run_loggers(DummyLogger(), [BrokenEnd()])
+    logger.finalize("success")
+    assert "BrokenEnd could not be closed" in caplog.text
+    assert "planted" in caplog.text

@@ -56,7 +56,9 @@ def prompt_of(row):
     return given if isinstance(given, str) else given[-1]["content"]
 
 
-@pytest.mark.parametrize("method", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in KINDS])
+@pytest.mark.parametrize(
+    "method", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
+)
 def test_each_line_names_its_row(method, base, tmp_path):
     rows, lines = predicted(method, base, tmp_path)
     assert lines

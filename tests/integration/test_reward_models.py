@@ -289,7 +289,10 @@ def test_each_member_is_normalised_and_calibrated_by_itself(ensemble):
     with torch.no_grad():
         batches = list(data.loader("train", shuffle=False))
         raw = torch.cat([module(batch) for batch in batches])
-        held_out = [(pair_hashes(batch), module._leads(batch, module(batch))) for batch in data.loader("validation", shuffle=False)]
+        held_out = [
+            (pair_hashes(batch), module._leads(batch, module(batch)))
+            for batch in data.loader("validation", shuffle=False)
+        ]
         scores = torch.cat([module.network(b.input_ids, b.attention_mask) for b in batches])
     assert raw.shape == (48, 3)
     torch.testing.assert_close(scores.mean(0), torch.zeros(3), rtol=0, atol=1e-4)
@@ -513,8 +516,12 @@ def calibrated(tmp_path, rows, size=4):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = FileSource(str(tmp_path / "train.jsonl"), validation_path=str(tmp_path / "train.jsonl"))
     data = PreferenceDataModule(source, batch_size=size)
-    data.tokenizer_path = str(export_folder(load_causal_lm(LLAMA, world_tokenizer()), world_tokenizer(), tmp_path / "m"))
-    return fit(RewardModelModule(LLAMA, optimizer=adam(1e-3), calibrate=True), data, tmp_path, max_steps=2, max_epochs=-1)
+    data.tokenizer_path = str(
+        export_folder(load_causal_lm(LLAMA, world_tokenizer()), world_tokenizer(), tmp_path / "m")
+    )
+    return fit(
+        RewardModelModule(LLAMA, optimizer=adam(1e-3), calibrate=True), data, tmp_path, max_steps=2, max_epochs=-1
+    )
 
 
 ANSWERS = ["the teacher .", "the office .", "i do not know .", "the kite ."]
@@ -530,5 +537,5 @@ def test_pairs_of_one_common_prompt_are_divided_by_their_answers(tmp_path, caplo
 
 
 def test_pairs_that_cannot_be_divided_are_refused_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="can't be divided; raise data.split.validation"):
+    with pytest.raises(UserError, match=r"can't be divided; raise data\.split\.validation"):
         calibrated(tmp_path, [{"prompt": QUESTION, "chosen": "the kite .", "rejected": "the office ."}] * 3)
