@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf_lightning.functional.ranking import expected_calibration_error
 
-STEEPEST, HALVINGS = 1e3, 50  # the temperature is sought in [1e-3, 1e3]
+COLDEST, HOTTEST, HALVINGS = 1e-3, 1e3, 50  # the temperature is sought between these
 
 
 def fit_temperature(difference: Tensor, *, all_sum: Callable[[Tensor], Tensor] | None = None) -> float:
@@ -28,7 +28,7 @@ def fit_temperature(difference: Tensor, *, all_sum: Callable[[Tensor], Tensor] |
     Source: Guo et al. 2017, section 4.2, https://arxiv.org/abs/1706.04599
     """
     difference = difference.double()
-    low, high = torch.tensor([1 / STEEPEST, STEEPEST], dtype=torch.float64).log().tolist()
+    low, high = torch.tensor([1 / HOTTEST, 1 / COLDEST], dtype=torch.float64).log().tolist()
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         steepness = torch.tensor(middle, dtype=torch.float64).exp().to(difference.device)

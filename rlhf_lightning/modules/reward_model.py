@@ -16,7 +16,7 @@ from rlhf_lightning.batches import UnpairedBatch
 from rlhf_lightning.data.module import RowsDataModule
 from rlhf_lightning.data.sources import Kind
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.functional.calibration import first_half, held_out_calibration
+from rlhf_lightning.functional.calibration import COLDEST, HOTTEST, first_half, held_out_calibration
 from rlhf_lightning.functional.ensembles import disagreement
 from rlhf_lightning.functional.ranking import expected_calibration_error
 from rlhf_lightning.losses import BradleyTerryLoss, LabelledLoss, ListLoss, RankingLoss
@@ -221,6 +221,13 @@ class RewardModelModule(LightningModule):
                 before,
                 after,
             )
+            if not bool(((temperature > 2 * COLDEST) & (temperature < HOTTEST / 2)).all()):
+                log.warning(
+                    "a temperature is at the end of its range [%g, %g]: on the pairs that it was fitted to the scores order "
+                    "nothing wrongly, or no more than half rightly; calibrated scores mean nothing before there are more pairs",
+                    COLDEST,
+                    HOTTEST,
+                )
         for logger in self.loggers:
             values = {"temperature": float(temperature.mean()), "before": before, "after": after, **counts}
             logger.log_metrics({f"calibration/{name}": x for name, x in values.items()}, step=self.global_step)
@@ -264,9 +271,11 @@ class RewardModelModule(LightningModule):
         self._eval_differences.append(self._leads(batch, scores))
 
     def on_validation_epoch_end(self) -> None:
-        calibration = self._calibration_error(torch.cat(self._eval_differences))
+        lead = torch.cat(self._eval_differences)
         self._eval_differences.clear()
-        log_evaluation(self, self.eval_means, calibration_error=calibration)
+        pairs = self.trainer.strategy.reduce(torch.tensor(len(lead), device=self.device), reduce_op="sum")
+        error = {"calibration_error": self._calibration_error(lead)} if pairs > 0 else {}  # of ties alone there is none
+        log_evaluation(self, self.eval_means, **error)
 
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 

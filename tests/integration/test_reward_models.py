@@ -29,7 +29,7 @@ from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
 from rlhf_lightning.models.policy import PolicyNetwork
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.spec import LoRA, ModelSpec
-from rlhf_lightning.modules import RewardModelModule
+from rlhf_lightning.modules import RewardModelModule, reward_model
 from rlhf_lightning.modules.reward_batches import diagnostics, differences, pair_hashes, summed_loss
 from rlhf_lightning.rewards.ensemble import EnsembleReward, MeanOfMembers, UncertaintyWeighted, WorstCase
 from rlhf_lightning.rewards.reward import Samples
@@ -539,3 +539,26 @@ def test_pairs_of_one_common_prompt_are_divided_by_their_answers(tmp_path, caplo
 def test_pairs_that_cannot_be_divided_are_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"can't be divided; raise data\.split\.validation"):
         calibrated(tmp_path, [{"prompt": QUESTION, "chosen": "the kite .", "rejected": "the office ."}] * 3)
+
+
+def test_a_validation_of_ties_alone_has_no_calibration_error(tmp_path):
+    tie = {"prompt": QUESTION, "chosen": "the kite .", "rejected": "the office .", "chosen_probability": 0.5}
+    (tmp_path / "ties.jsonl").write_text((json.dumps(tie) + "\n") * 3)
+    source = FileSource(str(tmp_path / "ties.jsonl"), validation_path=str(tmp_path / "ties.jsonl"))
+    data = PreferenceDataModule(source, batch_size=2)
+    data.tokenizer_path = str(
+        export_folder(load_causal_lm(LLAMA, world_tokenizer()), world_tokenizer(), tmp_path / "m")
+    )
+    module = fit(
+        RewardModelModule(LLAMA, optimizer=adam(1e-3)), data, tmp_path, max_steps=1, max_epochs=-1, val_check_interval=1
+    )
+    logged = module.trainer.callback_metrics
+    assert "eval/loss" in logged
+    assert "eval/calibration_error" not in logged
+
+
+@pytest.mark.parametrize(("temperature", "warned"), [(1e3, True), (1e-3, True), (0.5, False)])
+def test_a_temperature_at_the_end_of_its_range_is_warned_about(tmp_path, caplog, monkeypatch, temperature, warned):
+    monkeypatch.setattr(reward_model, "held_out_calibration", lambda *_: (torch.tensor([temperature]), 0.2, 0.1))
+    calibrated(tmp_path, [{"prompt": QUESTION, "chosen": a, "rejected": b} for a in ANSWERS for b in ANSWERS if a != b])
+    assert ("a temperature is at the end of its range" in caplog.text) == warned
