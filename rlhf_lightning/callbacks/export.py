@@ -1,5 +1,6 @@
 """At the end of a fit, leave a folder that plain transformers loads."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.ensemble import ScalarEnsemble, members_of
-from rlhf_lightning.models.export import export_folder, export_members
+from rlhf_lightning.models.export import check_replaceable, export_folder, export_members
 from rlhf_lightning.models.merging import own_adapter, plain_weights
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import is_sharded, whole_state_dict
+
+log = logging.getLogger(__name__)
 
 
 class ExportAtEnd(Callback):
@@ -22,6 +25,19 @@ class ExportAtEnd(Callback):
         """
         self.folder, self.merge = folder, merge
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        place, base = self._place(trainer), getattr(pl_module, "model_path", None)
+        if base is not None and Path(base).resolve() == place.resolve():
+            raise UserError(
+                f"export.folder {place} is the model that the run begins with, which the export would replace"
+            )
+        check_replaceable(place)
+
+    def _place(self, trainer: Trainer) -> Path:
+        return Path(self.folder or Path(trainer.default_root_dir, "export"))
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -30,7 +46,7 @@ class ExportAtEnd(Callback):
             pl_module.to(trainer.strategy.root_device)
             pl_module.measure_scores()  # type: ignore[operator]
         try:
-            export_module(pl_module, self.folder or Path(run, "export"), trainer.is_global_zero, self.merge)
+            made = export_module(pl_module, self._place(trainer), trainer.is_global_zero, self.merge)
         except UserError as error:
             where = (f" --output {self.folder}" if self.folder else "") + ("" if self.merge else " --merge false")
             raise UserError(
@@ -38,6 +54,8 @@ class ExportAtEnd(Callback):
                 f"--run {run}{where}"
             ) from error
         trainer.strategy.barrier("export")
+        if trainer.is_global_zero:
+            log.info("exported to %s (optimizer step %d)", made, trainer.global_step)
 
 
 def gathered_weights(network: Any) -> dict[str, Any] | None:

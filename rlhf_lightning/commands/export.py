@@ -8,6 +8,7 @@ from rlhf_lightning.callbacks.export import export_module
 from rlhf_lightning.commands.restore import restored_module
 from rlhf_lightning.commands.run_folder import CONFIG
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.export import check_replaceable
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def export(run: str, checkpoint: str | None = None, output: str | None = None, m
         raise UserError(
             f"{path} does not exist; {'there are ' + ', '.join(found) if found else 'the run has no checkpoint'}"
         )
+    check_replaceable(output or folder / "export")
     read_checkpoint = read(path)
     if "measured_at" in read_checkpoint and read_checkpoint["measured_at"] is None:
         log.warning(

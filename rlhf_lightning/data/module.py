@@ -23,8 +23,11 @@ from rlhf_lightning.data.streaming import Known, StreamLoader, check_stream
 from rlhf_lightning.data.streams import StreamSource
 from rlhf_lightning.data.template_inputs import set_default_variables
 from rlhf_lightning.data.tokenization import Tokenization
+from rlhf_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
+
+LOOKED_AT, MOST_UNKNOWN = 200, 0.05  # rows of each split; share of their tokens
 
 
 class RowsDataModule(lightning.LightningDataModule):
@@ -83,6 +86,8 @@ class RowsDataModule(lightning.LightningDataModule):
         set_default_variables(self.tokenizer, self.chat_template_kwargs)
         splits = load_splits(self.source, self.kind, self.format, self.split, indexed=True)
         self.rows = {name: self.tokenization()().tokenize(rows) for name, rows in splits.items()}
+        for name, rows in self.rows.items():
+            warn_of_unknown_tokens(rows, self.tokenizer, f"{self.source}, {name}")
 
     def loader(self, name: str, *, shuffle: bool) -> RowLoader:
         """A loader over one split."""
@@ -168,8 +173,20 @@ class RowsDataModule(lightning.LightningDataModule):
         return loader
 
     def val_dataloader(self) -> Any:
-        """Held-out rows; an empty list where nothing is held out."""
-        return self.loader("validation", shuffle=False) if "validation" in self.rows else []
+        """Held-out rows; in a fit, an empty list where nothing is held out.
+
+        Raises:
+            UserError: Elsewhere, if nothing is held out.
+        """
+        if "validation" in self.rows:
+            return self.loader("validation", shuffle=False)
+        command = None if self.trainer is None or self.trainer.state.fn is None else self.trainer.state.fn.value
+        if command in ("validate", "test", "predict"):
+            raise UserError(
+                f"{self.source}: no row is held out, and {command} reads those; set data.split.validation above 0, or give the "
+                "source validation rows"
+            )
+        return []
 
     def test_dataloader(self) -> Any:
         """Out-of-distribution rows where the source has them, else the held-out ones."""
@@ -186,3 +203,27 @@ class RowsDataModule(lightning.LightningDataModule):
     def predict_dataloader(self) -> Any:
         """What ``predict`` goes over: the held-out rows."""
         return self.val_dataloader()
+
+
+def warn_of_unknown_tokens(rows: Dataset, tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
+    """Say so where more than a few tokens of the first rows are the unknown one: the text is lost on the model.
+
+    Args:
+        rows: Tokenized.
+        tokenizer: Theirs.
+        origin: What the log calls them.
+    """
+    names = [name for name in rows.column_names if name.endswith("_ids")]
+    if tokenizer.unk_token_id is None or not names:
+        return
+    first = rows.select_columns(names)[:LOOKED_AT]
+    ids = [token for name in names for row in first[name] for token in row]
+    unknown = ids.count(tokenizer.unk_token_id)
+    if unknown > MOST_UNKNOWN * len(ids):
+        log.warning(
+            "%s: %.0f %% of the tokens are %s: the tokenizer does not know this text, and nothing is learnt of it; take a "
+            "model whose tokenizer does",
+            origin,
+            100 * unknown / len(ids),
+            tokenizer.unk_token,
+        )

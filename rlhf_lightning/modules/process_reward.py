@@ -117,9 +117,9 @@ class ProcessRewardModule(LightningModule):
         scores = aggregate_steps(table, batch.step_mask[:count], "product").exp().tolist()
         for row, score in enumerate(scores):
             ids, response = batch.input_ids[row], batch.response_mask[row]
-            texts = (self._text(ids[mask]) for mask in (batch.attention_mask[row] & ~response, response))
+            prompt = self._text(ids[batch.attention_mask[row] & ~response])
             steps = table[row].sigmoid()[batch.step_mask[row]].tolist()
-            samples.append(Sample(*texts, score, step_scores=steps))
+            samples.append(Sample(prompt, self._text(ids[response]), score, step_scores=steps))
         return samples
 
     def _marked(self, batch: StepwiseBatch, row: int, sample: Sample) -> Sample:

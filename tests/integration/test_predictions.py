@@ -5,9 +5,11 @@ import json
 import pytest
 
 from rlhf_lightning.cli import main
+from rlhf_lightning.data.demonstrations import DemonstrationDataModule
+from rlhf_lightning.data.splits import Split
 from rlhf_lightning.rewards.reward import Samples, checked_scores
 from rlhf_lightning.rewards.reward_model import RewardModelReward
-from rlhf_lightning.worlds import HHHWorld, SumsWorld
+from rlhf_lightning.worlds import HHHWorld, SumsWorld, world_tokenizer
 from tests.integration.test_after_training import command
 from tests.resume.runs import make_base
 
@@ -99,3 +101,26 @@ def test_each_step_has_a_score(base, tmp_path):
         assert len(line["step_scores"]) == len(labelled) > 0
         assert all(0 < score < 1 for score in line["step_scores"])
         assert "[" not in line["response"]
+
+
+@pytest.mark.parametrize("name", ["validate", "test", "predict"])
+def test_nothing_held_out_is_an_error_where_held_out_rows_are_read(base, tmp_path, capsys, name):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "who owns the kite ?", "chosen": "the teacher .", "rejected": "no ."}) + "\n")
+    with pytest.raises(SystemExit):
+        main([name, "--model", "RewardModelModule", "--model.network.path", str(base / "reward"), "--data",
+              "PreferenceDataModule", "--data.source", str(file), "--data.split.validation", "0",
+              "--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu"])  # fmt: skip
+    assert f"no row is held out, and {name} reads those; set data.split.validation" in capsys.readouterr().err
+
+
+def test_text_that_the_tokenizer_does_not_know_is_warned_about(tmp_path, caplog):
+    known, unknown = tmp_path / "known.jsonl", tmp_path / "unknown.jsonl"
+    known.write_text(json.dumps({"prompt": "who owns the kite ?", "completion": "the teacher ."}) + "\n")
+    unknown.write_text(json.dumps({"prompt": "Wem gehört der Drachen?", "completion": "Der Lehrerin."}) + "\n")
+    world_tokenizer().save_pretrained(tmp_path / "words")
+    for file in (known, unknown):
+        caplog.clear()
+        DemonstrationDataModule(str(file), str(tmp_path / "words"), split=Split(validation=0)).setup("fit")
+        assert ("does not know this text" in caplog.text) == (file == unknown)
+    assert "unknown.jsonl, train: " in caplog.text
