@@ -41,18 +41,10 @@ class ExportAtEnd(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        run = trainer.default_root_dir
         if getattr(pl_module, "unmeasured", False):  # a run that failed in measuring its scores, and was completed now
             pl_module.to(trainer.strategy.root_device)
             pl_module.measure_scores()  # type: ignore[operator]
-        try:
-            made = export_module(pl_module, self._place(trainer), trainer.is_global_zero, self.merge)
-        except UserError as error:
-            where = (f" --output {self.folder}" if self.folder else "") + ("" if self.merge else " --merge false")
-            raise UserError(
-                f"{error}; training is done and kept in its checkpoint, make room and run: python -m rlhf_lightning export "
-                f"--run {run}{where}"
-            ) from error
+        made = export_module(pl_module, self._place(trainer), trainer.is_global_zero, self.merge)
         trainer.strategy.barrier("export")
         if trainer.is_global_zero:
             log.info("exported to %s (optimizer step %d)", made, trainer.global_step)

@@ -114,7 +114,7 @@ def check_replaceable(folder: str | Path) -> None:
     """See that an export may be written to a place: nothing is there yet, or an earlier export, which is replaced.
 
     Raises:
-        UserError: If a file is there, or a folder that holds anything but an export; or if its parent can't be made.
+        UserError: If a file is there, or a folder that holds anything but an export; or if nothing can be written there.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -123,6 +123,7 @@ def check_replaceable(folder: str | Path) -> None:
         raise UserError(f"{folder} holds something else than an export, which would be lost; give another folder")
     with Writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
 
 
 def is_export(folder: Path) -> bool:
