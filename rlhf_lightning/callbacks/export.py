@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rlhf_lightning.callbacks.run_checkpoint import RunCheckpoint
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.ensemble import ScalarEnsemble, members_of
 from rlhf_lightning.models.export import check_replaceable, export_folder, export_members
@@ -44,6 +45,9 @@ class ExportAtEnd(Callback):
         if getattr(pl_module, "unmeasured", False):  # a run that failed in measuring its scores, and was completed now
             pl_module.to(trainer.strategy.root_device)
             pl_module.measure_scores()  # type: ignore[operator]
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, RunCheckpoint):
+                    callback.add_measured(trainer, pl_module)
         made = export_module(pl_module, self._place(trainer), trainer.is_global_zero, self.merge)
         trainer.strategy.barrier("export")
         if trainer.is_global_zero:

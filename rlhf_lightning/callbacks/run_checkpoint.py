@@ -1,15 +1,19 @@
 """When checkpoints are written, and what they say of where the run stands."""
 
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from rlhf_lightning.callbacks.checkpoint_file import LAST
+from rlhf_lightning.callbacks.checkpoint_file import LAST, read
+from rlhf_lightning.callbacks.run_state import metrics_files
 from rlhf_lightning.callbacks.termination import Termination
 from rlhf_lightning.errors import RunStopped, UserError
+from rlhf_lightning.models.scalar_head import SCALES
+from rlhf_lightning.models.sharding import is_sharded
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -161,6 +165,20 @@ class RunCheckpoint(ModelCheckpoint):
         self._validation_waits = False
         self._ask_ranks(trainer)
         self._save_if(trainer, True, keep_best=False)
+
+    def add_measured(self, trainer: Trainer, module: LightningModule) -> None:
+        """Write what a finished run has measured only now into its last checkpoint: the run can't save itself any more.
+
+        Not where weights are in shards: there the checkpoint keeps the scale that it has.
+        """
+        if self.kept is None or Path(self.kept[0]).name != LAST or is_sharded(module) or not trainer.is_global_zero:
+            return
+        checkpoint = read(self.kept[0])
+        scales = {name: value.cpu() for name, value in module.state_dict().items() if name.split(".")[-1] in SCALES}
+        checkpoint["state_dict"] |= scales
+        checkpoint["run"]["metrics_rows"] = sum(logger.sync() for logger in metrics_files(trainer))
+        module.on_save_checkpoint(checkpoint)
+        trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, self.kept[0])
 
     def _measure_if_best(self, trainer: Trainer, candidates: dict[str, Any]) -> None:
         """Normalise and calibrate a reward model that is about to be kept as one of the best, on its own scores."""

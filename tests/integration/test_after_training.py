@@ -15,7 +15,7 @@ from rlhf_lightning.modules import OnlineDPOModule, RewardModelModule
 from rlhf_lightning.rewards.reward import Samples, checked_scores
 from rlhf_lightning.rewards.reward_model import RewardModelReward
 from rlhf_lightning.worlds import HHHWorld
-from tests.resume.runs import COMMON, MODULES, arguments, make_base
+from tests.resume.runs import COMMON, MODULES, arguments, differences, make_base
 
 SHORT = [
     "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "4", "--trainer.val_check_interval", "1.0",
@@ -115,6 +115,7 @@ def test_a_measurement_of_scores_that_fails(method, base, tmp_path, monkeypatch,
         said = failed(command(method, base, run), capsys)
     check_kept(said, run)
     main(command(method, base, run, "--ckpt_path", "last"))
+    assert differences(undisturbed, run) == []
     for config in (run / "export").rglob("config.json"):
         other = undisturbed / config.relative_to(run)
         scales = [
