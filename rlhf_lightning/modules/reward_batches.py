@@ -91,7 +91,8 @@ def pair_hashes(batch: RewardBatch) -> Tensor:
     if isinstance(batch, PreferenceBatch) and batch.probability is not None:
         rows = rows[(batch.probability != 0.5).cpu()]
     ids, real, response = (x.cpu() for x in (batch.input_ids, batch.attention_mask, batch.response_mask))
-    hashes = [[row_hash(ids[i][mask]) for mask in (real[i] & ~response[i], real[i])] for i in rows.tolist()]
+    prompt = real & (response.cumsum(dim=1) == 0)  # a response may hold turns that are not the assistant's
+    hashes = [[row_hash(ids[i][mask]) for mask in (prompt[i], real[i])] for i in rows.tolist()]
     return torch.tensor(hashes, dtype=torch.int64).reshape(-1, 2)
 
 
