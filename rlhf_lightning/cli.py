@@ -18,6 +18,7 @@ from rlhf_lightning.callbacks.checkpoint_file import LAST, WholeFiles, check_sou
 from rlhf_lightning.callbacks.export import ExportAtEnd
 from rlhf_lightning.callbacks.final_validation import FinalValidation
 from rlhf_lightning.callbacks.heartbeat import Heartbeat, lost_ranks
+from rlhf_lightning.callbacks.kept_training import SaveBeforeMeasuring, kept_training
 from rlhf_lightning.callbacks.loggers import continue_wandb, run_loggers, wandb_logger
 from rlhf_lightning.callbacks.metrics_file import RunMetrics
 from rlhf_lightning.callbacks.predictions import PredictionLines
@@ -132,12 +133,14 @@ class RLHFCLI(LightningCLI):
             kwargs["logger"] = False
         elif config.trainer.logger is not False:
             kwargs["logger"] = self._loggers(config)
-        self.trainer_defaults["callbacks"] = [
+        own = [
             ForgetFailedStart(self.run_folder),
             PredictionLines(),
             RunState(),
             FinalValidation(),
+            SaveBeforeMeasuring(),
         ]
+        self.trainer_defaults["callbacks"] = own
         if config.trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(RunProgress())
         given = self.config_init[self.subcommand].trainer.plugins or []
@@ -152,7 +155,7 @@ class RLHFCLI(LightningCLI):
             raise UserError(f"trainer: {one_line(str(error))}") from error
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with lost_ranks():
+        with kept_training(self.trainer), lost_ranks():
             super()._run_subcommand(subcommand)
 
     def _loggers(self, config: Any) -> list[Logger]:

@@ -94,6 +94,10 @@ def test_only_manual_backward_is_called_in_modules():
     assert found == []
 
 
+# What follows the training: whatever fails there, the user must learn that the training is kept.
+CATCH_ALL = ("callbacks/kept_training.py", "callbacks/loggers.py", "commands/pipeline.py")
+
+
 def test_no_exception_is_caught_that_was_not_expected():
     found = []
     for file in FILES:
@@ -103,7 +107,7 @@ def test_no_exception_is_caught_that_was_not_expected():
             caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
             if any(kind is None or getattr(kind, "id", "") in ("Exception", "BaseException") for kind in caught):
                 found.append(f"{file.relative_to(PACKAGE)}:{node.lineno}")
-    assert found == []
+    assert sorted(place.split(":")[0] for place in found) == sorted(CATCH_ALL), found
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))

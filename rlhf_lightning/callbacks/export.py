@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from rlhf_lightning.callbacks.run_checkpoint import RunCheckpoint
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.ensemble import ScalarEnsemble, members_of
-from rlhf_lightning.models.export import ExportDtype, export_folder, export_members
+from rlhf_lightning.models.export import ExportDtype, check_replaceable, export_folder, export_members
 from rlhf_lightning.models.merging import own_adapter, plain_weights
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import is_sharded, whole_state_dict
@@ -36,27 +37,39 @@ class ExportAtEnd(Callback):
         """
         self.folder, self.merge, self.dtype = folder, merge, dtype
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        place, base = self._place(trainer), getattr(pl_module, "model_path", None)
+        if base is not None and Path(base).resolve() == place.resolve():
+            raise UserError(
+                f"export.folder {place} is the model that the run begins with, which the export would replace"
+            )
+        check_replaceable(place)
+
+    def _place(self, trainer: Trainer) -> Path:
+        return Path(self.folder or Path(trainer.default_root_dir, "export"))
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        run = trainer.default_root_dir
-        folder, best = Path(self.folder or Path(run, "export")), best_checkpoint(trainer)
-        try:
-            if best is not None:
-                last = folder.with_name(f"{folder.name}-last")
-                export_module(pl_module, last, trainer.is_global_zero, self.merge, self.dtype)
-                load_weights(trainer, pl_module, best.path)
-                if trainer.is_global_zero:
-                    log.info("%s is the best checkpoint, %s; %s is the last", folder, best, last)
-            export_module(pl_module, folder, trainer.is_global_zero, self.merge, self.dtype)
-        except UserError as error:
-            where = (f" --output {self.folder}" if self.folder else "") + ("" if self.merge else " --merge false")
-            where += "" if self.dtype == "source" else f" --dtype {self.dtype}"
-            raise UserError(
-                f"{error}; training is done and kept in its checkpoint, make room and run: python -m rlhf_lightning export "
-                f"--run {run}{where}"
-            ) from error
+        if getattr(pl_module, "unmeasured", False):  # a run that failed in measuring its scores, and was completed now
+            pl_module.to(trainer.strategy.root_device)
+            pl_module.measure_scores()  # type: ignore[operator]
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, RunCheckpoint):
+                    callback.add_measured(trainer, pl_module)
+        folder, best = self._place(trainer), best_checkpoint(trainer)
+        if best is not None:
+            last = folder.with_name(f"{folder.name}-last")
+            export_module(pl_module, last, trainer.is_global_zero, self.merge, self.dtype)
+            load_weights(trainer, pl_module, best.path)
+            if trainer.is_global_zero:
+                log.info("%s is the best checkpoint, %s; %s is the last", folder, best, last)
+        export_module(pl_module, folder, trainer.is_global_zero, self.merge, self.dtype)
         trainer.strategy.barrier("export")
+        if trainer.is_global_zero:
+            log.info("exported to %s (optimizer step %d)", folder, trainer.global_step)
 
 
 class Best(NamedTuple):

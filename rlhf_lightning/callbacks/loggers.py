@@ -104,7 +104,12 @@ class Tolerant(Logger):
 
     def finalize(self, status: str) -> None:
         self._again = 0.0  # a last chance to send what is left
-        self._tell("finalize", status)
+        try:
+            self._tell("finalize", status)
+        except (
+            Exception
+        ) as error:  # the run is over, trained and exported: whatever this is, it must not call it failed
+            log.warning("%s could not be closed; metrics.csv has every row", type(self.inner).__name__, exc_info=error)
         if self._failures:
             log.warning("%s: %d calls failed or were left out", type(self.inner).__name__, self._failures)
 

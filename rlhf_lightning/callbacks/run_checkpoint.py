@@ -1,15 +1,19 @@
 """When checkpoints are written, and what they say of where the run stands."""
 
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from rlhf_lightning.callbacks.checkpoint_file import LAST
+from rlhf_lightning.callbacks.checkpoint_file import LAST, read
+from rlhf_lightning.callbacks.run_state import metrics_files
 from rlhf_lightning.callbacks.termination import Termination
 from rlhf_lightning.errors import RunStopped, UserError
+from rlhf_lightning.models.scalar_head import SCALES
+from rlhf_lightning.models.sharding import is_sharded
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -20,7 +24,14 @@ class RunCheckpoint(ModelCheckpoint):
     exported.
 
     Counted in batches (PPO: iterations), not in optimizer steps as Lightning does: of those an iteration has many.
+
+    A validation at the end of an epoch comes after a checkpoint, so that its failure can't lose the epoch.
+
+    Attributes:
+        kept: Path and optimizer step of the newest checkpoint; None before there is one.
     """
+
+    kept: tuple[str, int] | None = None
 
     def __init__(
         self,
@@ -75,7 +86,8 @@ class RunCheckpoint(ModelCheckpoint):
         assert fetcher is not None
         self._validation_waits = loop._should_check_val_fx(fetcher)
         if self._validation_waits:
-            self._save_if(trainer, self.termination.agreed)  # a validation may take longer than we are given
+            # It may take longer than we are given, or fail.
+            self._save_if(trainer, self._due or self._epoch_ends(trainer), keep_best=False)
         elif not self._epoch_ends(trainer):
             self._save_if(trainer, self._due)
 
@@ -104,6 +116,7 @@ class RunCheckpoint(ModelCheckpoint):
         loop = checkpoint["loops"]["fit_loop"]
         waits = loop["epoch_loop.val_loop.batch_progress"]["total"]["ready"]
         self._stepped = loop["epoch_loop.state_dict"]["_batches_that_stepped"] + waits
+        self.kept = str(trainer.ckpt_path), checkpoint["global_step"]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._stepped is not None:  # the x-axis of `self.log`; Lightning's restart may count a step twice
@@ -149,14 +162,44 @@ class RunCheckpoint(ModelCheckpoint):
         if failure is not None:
             raise UserError(failure)
 
-    def _save_if(self, trainer: Trainer, wanted: bool) -> None:
+    def save_now(self, trainer: Trainer) -> None:
+        """Write ``last.ckpt`` now, between two epochs; every rank must call."""
+        self._validation_waits = False
+        self._ask_ranks(trainer)
+        self._save_if(trainer, True, keep_best=False)
+
+    def add_measured(self, trainer: Trainer, module: LightningModule) -> None:
+        """Write what a finished run has measured only now into its last checkpoint: the run can't save itself any more.
+
+        Not where weights are in shards: there the checkpoint keeps the scale that it has.
+        """
+        if self.kept is None or Path(self.kept[0]).name != LAST or is_sharded(module) or not trainer.is_global_zero:
+            return
+        checkpoint = read(self.kept[0])
+        scales = {name: value.cpu() for name, value in module.state_dict().items() if name.split(".")[-1] in SCALES}
+        checkpoint["state_dict"] |= scales
+        checkpoint["run"]["metrics_rows"] = sum(logger.sync() for logger in metrics_files(trainer))
+        module.on_save_checkpoint(checkpoint)
+        trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, self.kept[0])
+
+    def _measure_if_best(self, trainer: Trainer, candidates: dict[str, Any]) -> None:
+        """Normalise and calibrate a reward model that is about to be kept as one of the best, on its own scores."""
+        module: Any = trainer.lightning_module
+        if self.monitor is None or not getattr(module, "unmeasured", False):
+            return
+        if self.check_monitor_top_k(trainer, candidates[self.monitor]):
+            module.measure_scores()
+
+    def _save_if(self, trainer: Trainer, wanted: bool, keep_best: bool = True) -> None:
         if not wanted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         candidates = self._monitor_candidates(trainer)
-        if self.save_top_k == -1 or (self.monitor is not None and self.monitor in candidates):
+        if keep_best and (self.save_top_k == -1 or (self.monitor is not None and self.monitor in candidates)):
+            self._measure_if_best(trainer, candidates)
             self._save_topk_checkpoint(trainer, candidates)
         self.last_model_path = self.format_checkpoint_name(candidates, LAST.removesuffix(self.FILE_EXTENSION))
         self._save_checkpoint(trainer, self.last_model_path)
+        self.kept = self.last_model_path, trainer.global_step
         self._due, self._written = False, time.monotonic()
         if self.termination.agreed:
             raise RunStopped(f"stopped by SIGTERM; where the run stands is in {self.last_model_path}")

@@ -48,7 +48,10 @@ class SampleTable(Callback):
             self._batch = pl_module.transfer_batch_to_device(kept, pl_module.device, 0)
         self._batch = self._batch if self._batch is not None else batch  # the same prompts every time
         samples = pl_module.show(self._batch, self.count)
-        self.rows += [[step, *sample[:3], *([sample.extra] if sample.extra else [])] for sample in samples]
+        self.rows += [
+            [step, sample.prompt, labelled(sample), sample.score, *([sample.extra] if sample.extra else [])]
+            for sample in samples
+        ]
         columns, rows = as_table(self.rows)
         for logger in trainer.loggers:
             log_samples(logger, columns, rows, trainer.global_step)
@@ -78,8 +81,13 @@ def sample_panel(samples: list[Sample], title: str) -> Table:
         table.add_column(plain(name))
     for sample in samples:
         extra = [plain(str(sample.extra.get(name, ""))) for name in names]
-        table.add_row(plain(sample.prompt), plain(sample.response), f"{sample.score:.2f}", *extra)
+        table.add_row(plain(sample.prompt), plain(labelled(sample)), f"{sample.score:.2f}", *extra)
     return table
+
+
+def labelled(sample: Sample) -> str:
+    """A response behind what it is of its row: chosen, rejected, its rank."""
+    return sample.response if sample.side is None else f"{sample.side}: {sample.response}"
 
 
 def plain(text: str) -> Text:

@@ -8,7 +8,7 @@ from rlhf_lightning.callbacks.export import export_module
 from rlhf_lightning.commands.restore import restored_module
 from rlhf_lightning.commands.run_folder import CONFIG
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.export import ExportDtype
+from rlhf_lightning.models.export import ExportDtype, check_replaceable
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,15 @@ def export(
         raise UserError(
             f"{path} does not exist; {'there are ' + ', '.join(found) if found else 'the run has no checkpoint'}"
         )
-    module = restored_module(folder / CONFIG, read(path))
+    check_replaceable(output or folder / "export")
+    read_checkpoint = read(path)
+    if "measured_at" in read_checkpoint and read_checkpoint["measured_at"] is None:
+        log.warning(
+            "%s was written before its scores were normalised and calibrated: they are exported at the scale that is in it; "
+            "to measure them, run the fit again with --ckpt_path last",
+            path,
+        )
+    module = restored_module(folder / CONFIG, read_checkpoint)
     print(export_module(module, output or folder / "export", merge=merge, dtype=dtype))
 
 

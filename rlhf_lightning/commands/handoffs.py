@@ -3,18 +3,21 @@
 import json
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from rlhf_lightning.data.tokenizers import load_tokenizer, same_tokenizer
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.ensemble import member_folders
+from rlhf_lightning.models.export import ADAPTER
 
 
 def check_export(folder: Path) -> str:
-    """Whole, with sane special tokens, and with its head in the checkpoint.
+    """Check that an export is complete, has sane special tokens, and has its head in the checkpoint.
 
     Args:
-        folder: An export.
+        folder: An export: of one network, or of an ensemble with a folder for each member.
 
     Returns:
         What was found, for a person to read.
@@ -22,6 +25,19 @@ def check_export(folder: Path) -> str:
     Raises:
         UserError: If something is missing or can't be right.
     """
+    if members := member_folders(str(folder)):
+        first, *_ = [check_network(Path(member)) for member in members]
+        return f"{len(members)} members: {first}"
+    if (folder / ADAPTER / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} holds an adapter alone, and the next stage reads a model: write it with python -m rlhf_lightning export "
+            f"--run {folder.parent}, and leave export.merge out"
+        )
+    return check_network(folder)
+
+
+def check_network(folder: Path) -> str:
+    """As :func:`check_export`, of a folder with one network."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no exported model")
     tokenizer, config = load_tokenizer(str(folder)), AutoConfig.from_pretrained(folder)
@@ -31,11 +47,18 @@ def check_export(folder: Path) -> str:
         if getattr(config, f"{name}_token_id") != getattr(tokenizer, f"{name}_token_id"):
             raise UserError(f"{folder}: the {name} token of config.json is not the tokenizer's")
     architecture = (config.architectures or ["?"])[0]
-    if architecture.endswith("ForSequenceClassification") and not any(
-        k.startswith("score.") for k in weight_names(folder)
-    ):
-        raise UserError(f"{folder}: the reward head is not in the checkpoint")
+    if architecture.endswith("ForSequenceClassification"):
+        missing = sorted(head_names(config) - set(weight_names(folder)))
+        if missing:
+            raise UserError(f"{folder}: the reward head is not in the checkpoint ({missing[0]} is missing)")
     return f"{architecture}, pad {tokenizer.pad_token_id}, EOS {tokenizer.eos_token_id}, head loaded"
+
+
+def head_names(config: PretrainedConfig) -> set[str]:
+    """Names of a classifier's weights outside its trunk: "score.weight" of decoders; encoders have others."""
+    with torch.device("meta"):
+        network = AutoModelForSequenceClassification.from_config(config)
+    return {name for name, _ in network.named_parameters() if not name.startswith(f"{network.base_model_prefix}.")}
 
 
 def weight_names(folder: Path) -> list[str]:

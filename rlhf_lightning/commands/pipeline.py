@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import logging
 import re
 import shlex
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +24,8 @@ from rlhf_lightning.evaluation.evaluation import Evaluation, WorldEvaluation
 from rlhf_lightning.evaluation.leaderboard import leaderboard, write_leaderboard
 from rlhf_lightning.evaluation.report import write_report
 from rlhf_lightning.models.export import replace_file
+
+log = logging.getLogger(__name__)
 
 RECORD = "stages.json"
 console = Console(markup=False)
@@ -59,7 +64,7 @@ class Stage:
     def finished(self, folder: Path) -> bool:
         """Whether that is there, whole."""
         made = self.product(folder)
-        return (made / "config.json").is_file() if self.trains else made.is_file()
+        return any(made.rglob("*config.json")) if self.trains else made.is_file()
 
 
 def pipeline(
@@ -91,6 +96,8 @@ def pipeline(
         UserError: If the plan can't be carried out, or a stage fails.
     """
     _check_plan(stages)
+    if evaluation is not None:
+        evaluation.check()
     if not seeds:
         _run(stages, Path(output), seed_everything, seed_keys or [], evaluation, options or {}, overwrite)
         return
@@ -126,18 +133,38 @@ def _run(
         upstream = [fingerprints[name] for name in stage.inputs.values()]
         fingerprints[stage.name] = _fingerprint(stage, arguments, upstream)
         _run_stage(stage, arguments, fingerprints[stage.name], folder, record, overwrite)
-    _check_handoffs(stages, folder)
+        if stage.trains:  # before another stage builds on it
+            _check_handoff(stage, {name: by_name[name] for name in stage.inputs.values()}, folder)
     training = sum(record[stage.name]["seconds"] for stage in stages)
     seconds = {stage.name: round(record[stage.name]["seconds"], 1) for stage in stages} | {
         "training": round(training, 1)
     }
     report: dict[str, Any] = {"seed": seed, "seconds": seconds}
-    if evaluation is not None:
-        console.rule("evaluation")
-        report |= evaluation.run({stage.name: stage.product(folder) for stage in stages if stage.trains}, seed)
-    seconds["total"] = round(time.perf_counter() - started, 1)
-    page = write_report(report, folder, [stage.name for stage in stages if stage.trains])
+    with _finished_stages(folder):
+        if evaluation is not None:
+            console.rule("evaluation")
+            report |= evaluation.run({stage.name: stage.product(folder) for stage in stages if stage.trains}, seed)
+        seconds["total"] = round(time.perf_counter() - started, 1)
+        page = write_report(report, folder, [stage.name for stage in stages if stage.trains])
     console.print(f"report: {page}")
+
+
+@contextmanager
+def _finished_stages(folder: Path) -> Iterator[None]:
+    """Around what follows the stages: its failure says that they are kept, and how to repeat the rest.
+
+    Raises:
+        UserError: If it fails.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever it is: the stages are finished, and the user must learn that
+        if not isinstance(error, UserError):
+            log.error("%s", type(error).__name__, exc_info=error)
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"{first}; the stages are finished and kept in {folder}: put it right, and the same command does the rest alone"
+        ) from error
 
 
 def _check_plan(stages: list[Stage]) -> None:
@@ -220,16 +247,13 @@ def _run_stage(
     _write_record(folder, record)
 
 
-def _check_handoffs(stages: list[Stage], folder: Path) -> None:
-    console.rule("hand-offs")
-    models = {stage.name: stage.product(folder) for stage in stages if stage.trains}
-    for stage in stages:
-        if not stage.trains:
-            continue
-        console.print(f"{stage.name}: {check_export(models[stage.name])}")
-        for source in sorted(set(stage.inputs.values()) & set(models)):
-            check_same_text(models[source], models[stage.name])
-            console.print(f"{source} -> {stage.name}: same tokenizer, same template")
+def _check_handoff(stage: Stage, sources: dict[str, Stage], folder: Path) -> None:
+    """What a stage made, and that it reads text as the stages do that it was made from."""
+    made = stage.product(folder)
+    console.print(f"hand-off of {stage.name}: {check_export(made)}")
+    for name in sorted(name for name, source in sources.items() if source.trains):
+        check_same_text(sources[name].product(folder), made)
+        console.print(f"{name} -> {stage.name}: same tokenizer, same template")
 
 
 def _read_record(folder: Path, stages: set[str]) -> dict[str, Any]:

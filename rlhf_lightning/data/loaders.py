@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from rlhf_lightning.data.collate import PlannedRows
 from rlhf_lightning.data.limits import numbers
+from rlhf_lightning.data.rows import INDEX
 from rlhf_lightning.data.sampler import BucketBatchSampler
 from rlhf_lightning.errors import UserError
 
@@ -111,7 +112,7 @@ def make_loader(
         bucket_batches=bucket_batches,
     )
     return RowLoader(
-        PlannedRows(rows.remove_columns("length")),  # type: ignore[arg-type]
+        PlannedRows(rows.remove_columns([name for name in ("length", INDEX) if name in rows.column_names])),  # type: ignore[arg-type]
         batch_sampler=sampler,  # type: ignore[arg-type]
         collate_fn=collate,
         num_workers=num_workers,

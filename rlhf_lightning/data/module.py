@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,14 +18,18 @@ from rlhf_lightning.data.chunks import make_reading
 from rlhf_lightning.data.columns import Columns, parse_columns
 from rlhf_lightning.data.limits import numbers
 from rlhf_lightning.data.loaders import RowLoader, make_loader, placement, whereabouts
+from rlhf_lightning.data.rows import INDEX
 from rlhf_lightning.data.sources import Kind, Source
 from rlhf_lightning.data.splits import Split, find_tokenizer, load_splits
 from rlhf_lightning.data.streaming import Known, StreamLoader, check_stream
 from rlhf_lightning.data.streams import StreamSource
 from rlhf_lightning.data.template_inputs import set_default_variables
 from rlhf_lightning.data.tokenization import Tokenization
+from rlhf_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
+
+LOOKED_AT, MOST_UNKNOWN = 200, 0.05  # rows of each split; share of their tokens
 
 
 class RowsDataModule(lightning.LightningDataModule):
@@ -119,6 +123,8 @@ class RowsDataModule(lightning.LightningDataModule):
             for name, rows in splits.items()
         }
         bad.settle()
+        for name, rows in self.rows.items():
+            warn_of_unknown_tokens(rows, self.tokenizer, f"{self.source}, {name}")
 
     def loader(self, name: str, *, shuffle: bool) -> RowLoader:
         """A loader over one split."""
@@ -157,13 +163,23 @@ class RowsDataModule(lightning.LightningDataModule):
             window_rows=source.window_rows,
         )
 
+    def scored_batches(self, name: str) -> RowLoader | StreamLoader:
+        """Batches of a split to measure scores on: of "train" in the random order of the first epoch, from its beginning.
+
+        The rows of a stream are read anew; their order is random within ``window_rows``.
+        """
+        if name == "train" and isinstance(self.source, StreamSource):
+            return self.stream(self.source)
+        return self.loader(name, shuffle=name == "train")
+
     def fingerprint(self) -> dict[str, Any]:
         """Number and hash of the tokenized training rows, in their order; of a stream, of its files, by name and size."""
         if not self._fingerprint and isinstance(self.source, StreamSource):
             files = [(str(file), file.stat().st_size) for file in self.source.files()]
             self._fingerprint = {"rows": len(files), "hash": hashlib.sha256(repr(files).encode()).hexdigest()}
         if not self._fingerprint:
-            self._fingerprint = {"rows": len(self.rows["train"]), "hash": dataset_hash(self.rows["train"])}
+            rows = self.rows["train"].select_columns([x for x in self.rows["train"].column_names if x != INDEX])
+            self._fingerprint = {"rows": len(rows), "hash": dataset_hash(rows)}
         return self._fingerprint
 
     def state_dict(self) -> dict[str, Any]:
@@ -202,13 +218,57 @@ class RowsDataModule(lightning.LightningDataModule):
         return loader
 
     def val_dataloader(self) -> Any:
-        """Held-out rows; an empty list where nothing is held out."""
-        return self.loader("validation", shuffle=False) if "validation" in self.rows else []
+        """Held-out rows; in a fit, an empty list where nothing is held out.
+
+        Raises:
+            UserError: Elsewhere, if nothing is held out.
+        """
+        if "validation" in self.rows:
+            return self.loader("validation", shuffle=False)
+        command = None if self.trainer is None or self.trainer.state.fn is None else self.trainer.state.fn.value
+        if command in ("validate", "test", "predict"):
+            raise UserError(
+                f"{self.source}: no row is held out, and {command} reads those; set data.split.validation above 0, or give the "
+                "source validation rows"
+            )
+        return []
 
     def test_dataloader(self) -> Any:
         """Out-of-distribution rows where the source has them, else the held-out ones."""
         return self.loader("ood", shuffle=False) if "ood" in self.rows else self.val_dataloader()
 
+    def predicted_rows(self, batch: Sequence[int]) -> list[int]:
+        """Where rows of :meth:`predict_dataloader` are in their file, or in their split of the source; from 0 on.
+
+        Args:
+            batch: Their indices among the tokenized rows.
+        """
+        return self.rows["validation"][batch][INDEX]
+
     def predict_dataloader(self) -> Any:
         """What ``predict`` goes over: the held-out rows."""
         return self.val_dataloader()
+
+
+def warn_of_unknown_tokens(rows: Dataset, tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
+    """Say so where more than a few tokens of the first rows are the unknown one: the text is lost on the model.
+
+    Args:
+        rows: Tokenized.
+        tokenizer: Theirs.
+        origin: What the log calls them.
+    """
+    names = [name for name in rows.column_names if name.endswith("_ids")]
+    if tokenizer.unk_token_id is None or not names:
+        return
+    first = rows.select_columns(names)[:LOOKED_AT]
+    ids = [token for name in names for row in first[name] for token in row]
+    unknown = ids.count(tokenizer.unk_token_id)
+    if unknown > MOST_UNKNOWN * len(ids):
+        log.warning(
+            "%s: %.0f %% of the tokens are %s: the tokenizer does not know this text, and nothing is learnt of it; take a "
+            "model whose tokenizer does",
+            origin,
+            100 * unknown / len(ids),
+            tokenizer.unk_token,
+        )

@@ -10,6 +10,7 @@ from rlhf_lightning.data.collate import PromptCollator, SequenceCollator
 from rlhf_lightning.data.prompts import PromptDataModule
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.data.splits import Split, load_splits
+from rlhf_lightning.data.streams import StreamSource
 from rlhf_lightning.data.tokenization import demonstrations
 from rlhf_lightning.errors import UserError
 
@@ -53,6 +54,12 @@ class PretrainingMixDataModule(PromptDataModule):
         self.pretraining, self.rows_per_prompt, self.max_length = pretraining, rows_per_prompt, max_length
 
     def _load(self) -> None:
+        for name, source in (("source", self.source), ("pretraining", self.pretraining)):
+            if isinstance(source, StreamSource):
+                raise UserError(
+                    f"data.{name}: which text goes with which prompt is fixed, and a stream's rows are not known; "
+                    "give a file or folder by its path"
+                )
         super()._load()
         texts = load_splits(self.pretraining, "demonstrations", None, Split(validation=0))["train"]
         rows = demonstrations(self.tokenizer, "all", self.max_length).tokenize(texts)

@@ -182,7 +182,9 @@ class Tokenization:
         settings = {"kind": self.kind, "tokenizer": tokenizer_fingerprint(tokenizer), **self.settings}
         settings[KWARGS] = default_variables(tokenizer)
         rows = cached_map(dataset, encode, features=features, settings=settings, cache_dir=cache_dir)
-        rows = ledger.take(rows, places or Places("", noun=self.kind)).remove_columns(INDEX)
+        rows = ledger.take(rows, places or Places("", noun=self.kind))
+        if INDEX not in dataset.column_names:  # where a row is in its source is kept where it was known
+            rows = rows.remove_columns(INDEX)
         if bad is None:
             ledger.settle()
         elif not len(rows):

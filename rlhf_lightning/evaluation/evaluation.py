@@ -29,6 +29,8 @@ from rlhf_lightning.evaluation.world import (
     summary,
 )
 from rlhf_lightning.generation.engine import SamplingParameters
+from rlhf_lightning.models.ensemble import member_folders
+from rlhf_lightning.rewards.ensemble import EnsembleReward
 from rlhf_lightning.rewards.reward import Reward, Samples, checked_scores
 from rlhf_lightning.rewards.reward_model import RewardModelReward
 from rlhf_lightning.worlds import HHHWorld
@@ -38,6 +40,10 @@ console = Console(markup=False)
 
 class Evaluation(ABC):
     """Turns exported folders into figures."""
+
+    def check(self) -> None:
+        """Before the first stage: raise a UserError for what would fail after the last one."""
+        return
 
     @abstractmethod
     def run(self, exports: dict[str, Path], seed: int) -> dict[str, Any]:
@@ -50,11 +56,19 @@ class Evaluation(ABC):
 
 
 def by_task(exports: dict[str, Path]) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Policies and reward models among exported folders."""
-    reward_models = {
-        n: p for n, p in exports.items() if "SequenceClassification" in str(AutoConfig.from_pretrained(p).architectures)
-    }
-    return {name: path for name, path in exports.items() if name not in reward_models}, reward_models
+    """Policies and reward models, ensembles among them, of exported folders; process reward models are neither.
+
+    Raises:
+        UserError: If there is no policy.
+    """
+    configs = {n: AutoConfig.from_pretrained((member_folders(str(p)) or [str(p)])[0]) for n, p in exports.items()}
+    scalar = {name for name, config in configs.items() if "SequenceClassification" in str(config.architectures)}
+    policies = {name: path for name, path in exports.items() if name not in scalar}
+    if not policies:
+        raise UserError(
+            f"no stage trains a policy ({', '.join(exports)}): an evaluation has nothing to ask; leave it out"
+        )
+    return policies, {n: exports[n] for n in exports if n in scalar and not hasattr(configs[n], "step_separator")}
 
 
 class WorldEvaluation(Evaluation):
@@ -209,14 +223,26 @@ class RewardEvaluation(Evaluation):
         self.source, self.reward, self.prompts, self.samples, self.split = source, reward, prompts, samples, split
         self.sampling = sampling or SamplingParameters(max_new_tokens)
 
+    def check(self) -> None:
+        if isinstance(self.source, Source) or Path(self.source).expanduser().exists():
+            self._held_out()
+
+    def _held_out(self) -> dict[str, list[Any]]:
+        """The prompts to answer, and the other columns of their rows.
+
+        Raises:
+            UserError: If none is held out.
+        """
+        held_out = load_part(self.source, "prompts", "validation", self.split, columns=self.columns)
+        return drawn(held_out, self.prompts, self.split.seed)[:]
+
     def run(self, exports: dict[str, Path], seed: int) -> dict[str, Any]:
         policies, reward_models = by_task(exports)
         reward = self.reward or _prepared(next(iter(reward_models.values()), None))
         if reward is None:
             raise UserError("RewardEvaluation has no reward: give one, or a stage that trains a reward model")
         reward.prepare("cpu")
-        held_out = load_part(self.source, "prompts", "validation", self.split, columns=self.columns)
-        columns = drawn(held_out, self.prompts, self.split.seed)[:]
+        columns = self._held_out()
         prompts = columns.pop("prompt")
         base = next(iter(policies))
         answers = {
@@ -258,7 +284,8 @@ def _plain_summary(answers: Answers, scores: Any) -> dict[str, Any]:
 def _prepared(path: Path | None) -> Reward | None:
     if path is None:
         return None
-    reward = RewardModelReward(str(path), batch_size=256)
+    single = not member_folders(str(path)) and AutoConfig.from_pretrained(path).num_labels == 1
+    reward: Reward = (RewardModelReward if single else EnsembleReward)(str(path), batch_size=256)
     reward.prepare("cpu")
     return reward
 

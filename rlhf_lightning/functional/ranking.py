@@ -63,11 +63,11 @@ def expected_calibration_error(
         Scalar in [0, 1].
 
     Raises:
-        ValueError: If there is no pair.
+        ValueError: If there is no pair; with ``all_sum`` another rank may have some.
 
     Source: Guo et al. 2017, eq. 3, https://arxiv.org/abs/1706.04599
     """
-    if difference.numel() == 0:
+    if difference.numel() == 0 and all_sum is None:
         raise ValueError("calibration needs at least one pair")
     confidence = torch.sigmoid(difference.abs())
     correct = preference_accuracy(difference, torch.zeros_like(difference))

@@ -111,7 +111,9 @@ class DrawnLogprobs(LogitsProcessor):
 
     def _saw(self, tokens: Tensor) -> None:
         assert self.before is not None
-        known = tokens.clamp(max=self.before.shape[-1] - 1)  # after its end a row may be padded with an id without logit
+        known = tokens.clamp(
+            max=self.before.shape[-1] - 1
+        )  # after its end a row may be padded with an id without logit
         self.logprobs.append(self.before.gather(-1, known[:, None]).squeeze(-1).float())
 
     def of(self, tokens: Tensor) -> Tensor:

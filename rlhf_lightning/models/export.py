@@ -65,6 +65,7 @@ def export_folder(
         UserError: If the disk is full, or the place can't be written to. What was there is there still.
     """
     folder = Path(folder)
+    check_replaceable(folder)
     with Writing(folder):
         _export(network, tokenizer, folder, weights, adapter, dtype)
     return folder
@@ -91,6 +92,7 @@ def export_members(
         UserError: As :func:`export_folder`.
     """
     folder = Path(folder)
+    check_replaceable(folder)
     with Writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -141,6 +143,29 @@ def _export(
         _replace_folder(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """See that an export may be written to a place: nothing is there yet, or an earlier export, which is replaced.
+
+    Raises:
+        UserError: If a file is there, or a folder that holds anything but an export; or if nothing can be written there.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; an export is a folder: give another place")
+    if folder.is_dir() and any(folder.iterdir()) and not is_export(folder):
+        raise UserError(f"{folder} holds something else than an export, which would be lost; give another folder")
+    with Writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder was written by :func:`export_folder` or :func:`export_members`, and nothing else is in it."""
+    models = [folder, *folder.glob(f"{MEMBER}*"), folder / ADAPTER]
+    made = any((model / name).is_file() for model in models for name in ("config.json", "adapter_config.json"))
+    return made and not any((folder / name).exists() for name in (".git", "checkpoints"))
 
 
 class Writing:

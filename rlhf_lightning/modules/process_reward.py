@@ -113,25 +113,34 @@ class ProcessRewardModule(LightningModule):
 
     def show(self, batch: StepwiseBatch, count: int) -> list[Sample]:
         """A few solutions, the probability of each step behind it; the score is that of all of them being right."""
-        table = self(batch)[:count]
-        scores = aggregate_steps(table, batch.step_mask[:count], "product").exp().tolist()
-        return [self._sample(batch, row, table[row].sigmoid().tolist(), score) for row, score in enumerate(scores)]
+        return [self._marked(batch, row, sample) for row, sample in enumerate(self._samples(batch, count))]
 
-    def _sample(self, batch: StepwiseBatch, row: int, probabilities: list[float], score: float) -> Sample:
-        ids, real = batch.input_ids[row], batch.attention_mask[row]
-        columns = batch.response_mask[row].nonzero().flatten().tolist()
+    def _samples(self, batch: StepwiseBatch, count: int) -> list[Sample]:
+        table, samples = self(batch)[:count], []
+        scores = aggregate_steps(table, batch.step_mask[:count], "product").exp().tolist()
+        for row, score in enumerate(scores):
+            ids, response = batch.input_ids[row], batch.response_mask[row]
+            prompt = self._text(ids[batch.attention_mask[row] & ~response])
+            steps = table[row].sigmoid()[batch.step_mask[row]].tolist()
+            samples.append(Sample(prompt, self._text(ids[response]), score, step_scores=steps))
+        return samples
+
+    def _marked(self, batch: StepwiseBatch, row: int, sample: Sample) -> Sample:
+        """The sample with the probability of each step written behind it."""
+        ids, columns = batch.input_ids[row], batch.response_mask[row].nonzero().flatten().tolist()
         said, start = "", columns[0]
-        for end in [*batch.step_mask[row].nonzero().flatten().tolist()]:
-            said += f"{self._text(ids[start : end + 1])} [{probabilities[end]:.2f}]\n"
+        ends = batch.step_mask[row].nonzero().flatten().tolist()
+        for end, probability in zip(ends, sample.step_scores or [], strict=True):
+            said += f"{self._text(ids[start : end + 1])} [{probability:.2f}]\n"
             start = end + 1
         said += self._text(ids[start : columns[-1] + 1])
-        return Sample(self._text(ids[real & ~batch.response_mask[row]]), said.strip(), score)
+        return sample._replace(response=said.strip())
 
     def _text(self, ids: Tensor) -> str:
         return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)).strip()
 
     def predict_step(self, batch: StepwiseBatch, batch_idx: int) -> list[Sample]:
-        return self.show(batch, len(batch.input_ids))
+        return self._samples(batch, len(batch.input_ids))
 
     def validation_step(self, batch: StepwiseBatch, batch_idx: int) -> None:
         self.eval_means.update(self._loss(batch)[1])

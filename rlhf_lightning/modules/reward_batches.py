@@ -1,5 +1,6 @@
 """What a batch of comparisons says about scores, whichever kind it is: pairs, rankings, or single labelled responses."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,26 @@ def differences(batch: RewardBatch, scores: Tensor) -> Tensor:
     return torch.where(pairs.probability < 0.5, -lead, lead)[told]
 
 
+def pair_hashes(batch: RewardBatch) -> Tensor:
+    """Hashes of the prompt of each pair, and of the prompt with the better response, in the order of :func:`differences`.
+
+    Shape (pairs, 2), int64, on the CPU: the same on every rank and in every order of the rows.
+    """
+    rows = torch.arange(len(batch.label)) if isinstance(batch, UnpairedBatch) else compared(batch).better.cpu()
+    if isinstance(batch, PreferenceBatch) and batch.probability is not None:
+        rows = rows[(batch.probability != 0.5).cpu()]
+    ids, real, response = (x.cpu() for x in (batch.input_ids, batch.attention_mask, batch.response_mask))
+    prompt = real & (response.cumsum(dim=1) == 0)  # a response may hold turns that are not the assistant's
+    hashes = [[row_hash(ids[i][mask]) for mask in (prompt[i], real[i])] for i in rows.tolist()]
+    return torch.tensor(hashes, dtype=torch.int64).reshape(-1, 2)
+
+
+def row_hash(ids: Tensor) -> int:
+    """A hash of token ids that is the same in every process."""
+    digest = hashlib.blake2b(ids.numpy().tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
 def diagnostics(batch: RewardBatch, scores: Tensor) -> Counted:
     """What is counted of one member's scores, by TRL's names. Scores of shape (responses,)."""
     lead = differences(batch, scores)
@@ -97,15 +118,16 @@ def diagnostics(batch: RewardBatch, scores: Tensor) -> Counted:
     return found
 
 
-def shown(batch: RewardBatch, count: int) -> list[tuple[int, str]]:
-    """Places of the responses to the first ``count`` prompts, and what people said of each."""
+def shown(batch: RewardBatch, count: int) -> list[tuple[int, str, int]]:
+    """Indices of the responses to the first ``count`` prompts, what people said of each, and the index of its row."""
     if isinstance(batch, PreferenceBatch):
         pairs = len(batch.margin)
         return [
-            (place, name)
+            (place, name, row)
             for row in range(min(count, pairs))
             for place, name in ((row, "chosen"), (row + pairs, "rejected"))
         ]
     if isinstance(batch, RankingBatch):
-        return [(row, f"rank {rank:g}") for row, rank in enumerate(batch.ranks[batch.prompt < count].tolist())]
-    return [(row, "right" if label else "wrong") for row, label in enumerate(batch.label[:count].tolist())]
+        first = zip(batch.ranks.tolist(), batch.prompt.tolist(), strict=True)
+        return [(index, f"rank {rank:g}", row) for index, (rank, row) in enumerate(first) if row < count]
+    return [(row, "right" if label else "wrong", row) for row, label in enumerate(batch.label[:count].tolist())]

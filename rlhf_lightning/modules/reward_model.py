@@ -16,7 +16,7 @@ from rlhf_lightning.batches import UnpairedBatch
 from rlhf_lightning.data.module import RowsDataModule
 from rlhf_lightning.data.sources import Kind
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.functional.calibration import fit_temperature
+from rlhf_lightning.functional.calibration import COLDEST, HOTTEST, first_half, held_out_calibration
 from rlhf_lightning.functional.ensembles import disagreement
 from rlhf_lightning.functional.ranking import expected_calibration_error
 from rlhf_lightning.losses import BradleyTerryLoss, LabelledLoss, ListLoss, RankingLoss
@@ -29,11 +29,13 @@ from rlhf_lightning.modules.handoff import check_context, shard_if_asked, traini
 from rlhf_lightning.modules.master_weights import build_optimizer
 from rlhf_lightning.modules.metrics import Means, log_evaluation, log_step
 from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, scheduled, trained_parameters
+from rlhf_lightning.modules.ranks import over_ranks
 from rlhf_lightning.modules.reward_batches import (
     Counted,
     RewardBatch,
     diagnostics,
     differences,
+    pair_hashes,
     shown,
     size,
     summed_loss,
@@ -79,8 +81,9 @@ class RewardModelModule(LightningModule):
             normalise: After each epoch, measure the scores of training responses, and keep the shift and scale that give
                 them mean 0 and standard deviation 1 with the weights.
             ensemble: Train several members at once, each on the whole loss; None for one.
-            calibrate: After each epoch, find on the held-out rows the temperature at which score differences are log-odds,
-                keep it with the weights, and report the calibration error before and after.
+            calibrate: After each epoch, find the temperature at which score differences are log-odds, and keep it with the
+                weights. It is fitted to the held-out rows of one half of the prompts; the calibration error before and after
+                is measured on those of the other half.
         """
         super().__init__()
         self.network_spec, self.loss, self.normalise, self.calibrate = network, loss, normalise, calibrate
@@ -89,6 +92,7 @@ class RewardModelModule(LightningModule):
         self.network: ScalarModel | ScalarEnsemble | None = None
         self.train_means, self.eval_means = score_means(), score_means()
         self.guard = StepGuard()
+        self.measured_at: int | None = None
         self._eval_differences: list[Tensor] = []
 
     def configure_model(self) -> None:
@@ -139,20 +143,41 @@ class RewardModelModule(LightningModule):
         for kind, readers, read in READ:
             if isinstance(self.loss, kind) and datamodule.kind not in read:
                 raise UserError(f"{type(self.loss).__name__} reads {readers}, not {type(datamodule).__name__}")
-        if self.calibrate and "validation" not in datamodule.rows:
-            raise UserError("calibrate needs held-out rows; set data.split.validation above 0, or calibrate to false")
+        held_out = len(datamodule.rows.get("validation", []))
+        if self.calibrate and held_out < 2:
+            raise UserError(
+                f"calibrate needs held-out rows, one half to fit to and one to measure on, and there are {held_out}; set "
+                "data.split.validation above 0, or calibrate to false"
+            )
+
+    def on_train_epoch_end(self) -> None:
+        if self.unmeasured:
+            self.measure_scores()
+
+    @property
+    def unmeasured(self) -> bool:
+        """Whether normalisation and calibration are wanted and not those of the present weights."""
+        return (self.normalise or self.calibrate) and self.measured_at != self.trainer.global_step
 
     @torch.no_grad()
-    def on_train_epoch_end(self) -> None:
+    def measure_scores(self) -> None:
+        """Normalise and calibrate as configured; every rank must call. The weights stay as they are."""
         if self.normalise:
             self._normalise()
         if self.calibrate:
             self._calibrate()
+        self.measured_at = self.trainer.global_step
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["measured_at"] = None if self.unmeasured else self.trainer.global_step
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.measured_at = checkpoint.get("measured_at")
 
     def _scored(self, name: str, batches: int | None = None) -> Iterator[tuple[RewardBatch, Tensor]]:
-        """Batches of a split with their raw scores; every rank takes as many: under FSDP2 one would wait for the other."""
+        """Batches of a split with their raw scores; all ranks read equally many, because FSDP2 gathers weights in each."""
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        for batch in islice(datamodule.loader(name, shuffle=name == "train"), batches):
+        for batch in islice(datamodule.scored_batches(name), batches):
             there = self.transfer_batch_to_device(batch, self.device, 0)
             yield there, self(there)
 
@@ -170,19 +195,45 @@ class RewardModelModule(LightningModule):
         self.network.normalise(mean, (squares / count - mean**2).clamp(min=1e-12).sqrt())
 
     def _calibrate(self) -> None:
-        """The temperature of each member on the held-out rows, and what it does to the calibration error."""
+        """The temperature of each member, fitted to one half of the held-out pairs; the other half shows what it changes.
+
+        A hash of the prompt decides which half a pair is in, so that neither the order of the rows nor the number of ranks
+        matters, and no prompt is in both. Where all pairs have one prompt, the better response is hashed too.
+        """
         assert self.network is not None
-        lead = torch.cat([self._leads(batch, scores) for batch, scores in self._scored("validation")])
-        all_sum = partial(self.trainer.strategy.reduce, reduce_op="sum")
-        temperature = torch.tensor([fit_temperature(own, all_sum=all_sum) for own in lead.unbind(-1)])
-        self.network.calibrate(temperature)
-        before, after = (
-            float(self._calibration_error(x)) for x in (lead, lead / temperature.to(lead.device, lead.dtype))
-        )
-        log.info("temperature %s: calibration error %.4f, with it %.4f", temperature.tolist(), before, after)
+        found = [(self._leads(batch, scores).cpu(), pair_hashes(batch)) for batch, scores in self._scored("validation")]
+        leads, hashes = (torch.cat(parts) for parts in zip(*found, strict=True))
+        lead, keys = (torch.cat(parts) for parts in zip(*over_ranks(self.trainer, (leads, hashes)), strict=True))
+        prompts = keys[:, 0].unique()
+        fitted = first_half(keys[:, 0] if len(prompts) > 1 else keys[:, 1])
+        if not 0 < fitted.sum() < len(fitted):
+            raise UserError(
+                f"calibrate needs held-out pairs to fit a temperature to and others to measure it on, and {len(lead)} can't be "
+                "divided; raise data.split.validation, or set calibrate to false"
+            )
+        temperature, before, after = held_out_calibration(lead, fitted)
+        self.network.calibrate(temperature.to(self.device))
+        counts = {"fitted": int(fitted.sum()), "measured": int((~fitted).sum())}
+        if self.trainer.is_global_zero:
+            log.info(
+                "temperature %s, fitted to %d held-out pairs (one half of the prompts, by a hash of the prompt); calibration "
+                "error on the other %d: %.4f without, %.4f with it",
+                temperature.tolist(),
+                counts["fitted"],
+                counts["measured"],
+                before,
+                after,
+            )
+            if not bool(((temperature > 2 * COLDEST) & (temperature < HOTTEST / 2)).all()):
+                log.warning(
+                    "a temperature is at the end of its range [%g, %g]: on the pairs that it was fitted to the scores order "
+                    "nothing wrongly, or no more than half rightly; calibrated scores mean nothing before there are more pairs",
+                    COLDEST,
+                    HOTTEST,
+                )
         for logger in self.loggers:
-            values = {"calibration/temperature": float(temperature.mean()), "calibration/before": before}
-            logger.log_metrics(values | {"calibration/after": after}, step=self.global_step)
+            values = {"temperature": float(temperature.mean()), "before": before, "after": after, **counts}
+            logger.log_metrics({f"calibration/{name}": x for name, x in values.items()}, step=self.global_step)
 
     @staticmethod
     def _leads(batch: RewardBatch, scores: Tensor) -> Tensor:
@@ -202,16 +253,16 @@ class RewardModelModule(LightningModule):
         """A few responses with their scores; of pairs the chosen before the rejected one."""
         assert self.network is not None
         lines = shown(batch, count)
-        places = torch.tensor([place for place, _ in lines], device=batch.input_ids.device)
+        places = torch.tensor([place for place, _, _ in lines], device=batch.input_ids.device)
         ids, attention, response = (x[places] for x in (batch.input_ids, batch.attention_mask, batch.response_mask))
         scores = self.network(ids, attention)
         scores = scores.mean(dim=-1) if scores.dim() == 2 else scores
         samples = []
-        for line, ((_, name), score) in enumerate(zip(lines, scores.tolist(), strict=True)):
+        for line, ((_, side, row), score) in enumerate(zip(lines, scores.tolist(), strict=True)):
             before = response[line].cumsum(dim=0) == 0  # a response may hold turns that are not the assistant's
             parts = [ids[line][attention[line] & own].tolist() for own in (before, ~before)]
             texts = self.tokenizer.batch_decode(parts, skip_special_tokens=True)
-            samples.append(Sample(texts[0], f"{name}: {texts[1]}", score))
+            samples.append(Sample(texts[0], texts[1], score, side=side, row=row))
         return samples
 
     def predict_step(self, batch: RewardBatch, batch_idx: int) -> list[Sample]:
@@ -223,9 +274,11 @@ class RewardModelModule(LightningModule):
         self._eval_differences.append(self._leads(batch, scores))
 
     def on_validation_epoch_end(self) -> None:
-        calibration = self._calibration_error(torch.cat(self._eval_differences))
+        lead = torch.cat(self._eval_differences)
         self._eval_differences.clear()
-        log_evaluation(self, self.eval_means, calibration_error=calibration)
+        pairs = self.trainer.strategy.reduce(torch.tensor(len(lead), device=self.device), reduce_op="sum")
+        error = {"calibration_error": self._calibration_error(lead)} if pairs > 0 else {}  # of ties alone there is none
+        log_evaluation(self, self.eval_means, **error)
 
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 

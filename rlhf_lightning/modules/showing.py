@@ -21,20 +21,26 @@ VERSIONS = itertools.count()  # of the weights that samples are drawn with
 
 
 class Sample(NamedTuple):
-    """One line of a sample table; what the score is, the module says.
+    """A response that is shown or predicted; the module defines the score.
 
     Attributes:
+        prompt: Text of the prompt, or of its last message.
+        response: Text of the response.
+        score: Of the response.
+        side: Which response of its row it is: "chosen" or "rejected", "liked" or "disliked", "rank 2"; None where it was
+            sampled, or the row has one only.
+        row: Index of its row in the batch; None if samples are in the order of the rows, one each.
+        step_scores: The probability that each labelled step is right, in order; None except for process rewards.
         extra: Further columns, which a reward has logged.
     """
 
     prompt: str
     response: str
     score: float
+    side: str | None = None
+    row: int | None = None
+    step_scores: list[float] | None = None
     extra: dict[str, Any] = {}  # noqa: RUF012  (never changed)
-
-    def columns(self) -> dict[str, Any]:
-        """The line as one value a column."""
-        return {**self.extra, "prompt": self.prompt, "response": self.response, "score": self.score}
 
 
 def sampled_responses(
@@ -75,7 +81,7 @@ def as_samples(responses: Responses, scores: Tensor, count: int) -> list[Sample]
     samples = responses.samples
     prompts = [prompt if isinstance(prompt, str) else _last_turn(prompt) for prompt in samples.prompts[:count]]
     rows = zip(prompts, samples.completions, scores.tolist(), strict=False)
-    return [Sample(*row, extra_of(samples, index)) for index, row in enumerate(rows)]
+    return [Sample(*row, extra=extra_of(samples, index)) for index, row in enumerate(rows)]
 
 
 def extra_of(samples: Samples, index: int) -> dict[str, Any]:

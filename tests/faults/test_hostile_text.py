@@ -119,7 +119,8 @@ def test_predictions_are_one_line_each_for_every_reader(text, tmp_path):
     written = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
     assert not set(written) & DANGEROUS
     assert len(written.splitlines()) == 2
-    assert [json.loads(line) for line in written.splitlines()] == [{"prompt": text, "response": text, "score": 0.5}] * 2
+    line = {"row": None, "side": None, "prompt": text, "response": text, "score": 0.5}
+    assert [json.loads(line) for line in written.splitlines()] == [line] * 2
 
 
 def test_what_is_printable_stays_readable_in_predictions():

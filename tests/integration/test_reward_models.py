@@ -14,6 +14,7 @@ from rlhf_lightning.callbacks.export import export_module
 from rlhf_lightning.cli import main
 from rlhf_lightning.data.preferences import PreferenceDataModule
 from rlhf_lightning.data.rankings import RankingDataModule
+from rlhf_lightning.data.sources import FileSource
 from rlhf_lightning.data.splits import Split
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.data.unpaired import UnpairedDataModule
@@ -28,8 +29,8 @@ from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
 from rlhf_lightning.models.policy import PolicyNetwork
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.spec import LoRA, ModelSpec
-from rlhf_lightning.modules import RewardModelModule
-from rlhf_lightning.modules.reward_batches import diagnostics, differences, summed_loss
+from rlhf_lightning.modules import RewardModelModule, reward_model
+from rlhf_lightning.modules.reward_batches import diagnostics, differences, pair_hashes, summed_loss
 from rlhf_lightning.rewards.ensemble import EnsembleReward, MeanOfMembers, UncertaintyWeighted, WorstCase
 from rlhf_lightning.rewards.reward import Samples
 from rlhf_lightning.rewards.reward_model import RewardModelReward
@@ -288,12 +289,19 @@ def test_each_member_is_normalised_and_calibrated_by_itself(ensemble):
     with torch.no_grad():
         batches = list(data.loader("train", shuffle=False))
         raw = torch.cat([module(batch) for batch in batches])
-        lead = torch.cat([module._leads(batch, module(batch)) for batch in data.loader("validation", shuffle=False)])
+        held_out = [
+            (pair_hashes(batch), module._leads(batch, module(batch)))
+            for batch in data.loader("validation", shuffle=False)
+        ]
         scores = torch.cat([module.network(b.input_ids, b.attention_mask) for b in batches])
     assert raw.shape == (48, 3)
     torch.testing.assert_close(scores.mean(0), torch.zeros(3), rtol=0, atol=1e-4)
     torch.testing.assert_close(scores.std(0, correction=0), torch.ones(3), rtol=1e-3, atol=0)
-    expected = [fit_temperature(own) for own in lead.unbind(-1)]
+    prompts, lead = torch.cat([keys[:, 0] for keys, _ in held_out]), torch.cat([leads for _, leads in held_out])
+    half = sorted(set(prompts.tolist()))[: math.ceil(len(set(prompts.tolist())) / 2)]
+    fitted = torch.tensor([prompt in half for prompt in prompts.tolist()])
+    assert 0 < fitted.sum() < len(fitted)
+    expected = [fit_temperature(own) for own in lead[fitted].unbind(-1)]
     assert module.network.temperature.tolist() == pytest.approx(expected, rel=1e-3)
     assert len(set(expected)) == 3
     assert 0.01 < min(expected) < max(expected) < 100
@@ -501,3 +509,56 @@ def test_the_average_command_writes_what_a_reward_reads(tmp_path, capsys):
     reward = RewardModelReward(str(tmp_path / "mean"))
     reward.prepare("cpu")
     assert reward.score(SAMPLES).unique().numel() == 3
+
+
+def calibrated(tmp_path, rows, size=4):
+    """A reward model that is calibrated on these rows, with its log of metrics."""
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = FileSource(str(tmp_path / "train.jsonl"), validation_path=str(tmp_path / "train.jsonl"))
+    data = PreferenceDataModule(source, batch_size=size)
+    data.tokenizer_path = str(
+        export_folder(load_causal_lm(LLAMA, world_tokenizer()), world_tokenizer(), tmp_path / "m")
+    )
+    return fit(
+        RewardModelModule(LLAMA, optimizer=adam(1e-3), calibrate=True), data, tmp_path, max_steps=2, max_epochs=-1
+    )
+
+
+ANSWERS = ["the teacher .", "the office .", "i do not know .", "the kite ."]
+
+
+def test_pairs_of_one_common_prompt_are_divided_by_their_answers(tmp_path, caplog):
+    rows = [{"prompt": QUESTION, "chosen": a, "rejected": b} for a in ANSWERS for b in ANSWERS if a != b]
+    caplog.set_level("INFO")
+    module = calibrated(tmp_path, rows)
+    assert float(module.network.temperature) > 0
+    assert "fitted to 6 held-out pairs" in caplog.text
+    assert "calibration error on the other 6" in caplog.text
+
+
+def test_pairs_that_cannot_be_divided_are_refused_in_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"can't be divided; raise data\.split\.validation"):
+        calibrated(tmp_path, [{"prompt": QUESTION, "chosen": "the kite .", "rejected": "the office ."}] * 3)
+
+
+def test_a_validation_of_ties_alone_has_no_calibration_error(tmp_path):
+    tie = {"prompt": QUESTION, "chosen": "the kite .", "rejected": "the office .", "chosen_probability": 0.5}
+    (tmp_path / "ties.jsonl").write_text((json.dumps(tie) + "\n") * 3)
+    source = FileSource(str(tmp_path / "ties.jsonl"), validation_path=str(tmp_path / "ties.jsonl"))
+    data = PreferenceDataModule(source, batch_size=2)
+    data.tokenizer_path = str(
+        export_folder(load_causal_lm(LLAMA, world_tokenizer()), world_tokenizer(), tmp_path / "m")
+    )
+    module = fit(
+        RewardModelModule(LLAMA, optimizer=adam(1e-3)), data, tmp_path, max_steps=1, max_epochs=-1, val_check_interval=1
+    )
+    logged = module.trainer.callback_metrics
+    assert "eval/loss" in logged
+    assert "eval/calibration_error" not in logged
+
+
+@pytest.mark.parametrize(("temperature", "warned"), [(1e3, True), (1e-3, True), (0.5, False)])
+def test_a_temperature_at_the_end_of_its_range_is_warned_about(tmp_path, caplog, monkeypatch, temperature, warned):
+    monkeypatch.setattr(reward_model, "held_out_calibration", lambda *_: (torch.tensor([temperature]), 0.2, 0.1))
+    calibrated(tmp_path, [{"prompt": QUESTION, "chosen": a, "rejected": b} for a in ANSWERS for b in ANSWERS if a != b])
+    assert ("a temperature is at the end of its range" in caplog.text) == warned

@@ -58,7 +58,7 @@ def test_predict_writes_a_line_a_sample_and_never_over_another(tmp_path, capsys)
     main(args)
     lines = [json.loads(line) for line in (tmp_path / "a/predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 8
-    assert set(lines[0]) == {"prompt", "response", "score"}
+    assert set(lines[0]) == {"row", "side", "prompt", "response", "score"}
     assert all(line["prompt"] for line in lines)
     with pytest.raises(SystemExit):
         main(args)

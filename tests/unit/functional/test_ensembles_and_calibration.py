@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf_lightning.functional.calibration import fit_temperature
+from rlhf_lightning.functional.calibration import first_half, fit_temperature, held_out_calibration
 from rlhf_lightning.functional.ensembles import disagreement, uncertainty_weighted, worst_case
 from rlhf_lightning.functional.ranking import bradley_terry_loss, expected_calibration_error
 
@@ -95,3 +95,29 @@ def test_two_ranks_find_the_temperature_of_all_pairs(on_two_ranks):
     parts = [lead[:200], lead[200:]]
     found = on_two_ranks(lambda rank, all_sum: torch.tensor(fit_temperature(parts[rank], all_sum=all_sum)))
     assert [x.item() for x in found] == pytest.approx([fit_temperature(lead)] * 2, rel=1e-6)
+
+
+def test_a_calibration_is_measured_on_pairs_that_it_was_not_fitted_to():
+    """Leads of another scale in the other half: the temperature is that of the first, the error that of the second."""
+    lead = torch.stack([noisy_differences(2.0, pairs=600), noisy_differences(5.0, pairs=600)], dim=1)
+    lead[300:] *= 3
+    fitted = torch.arange(600) < 300
+    temperature, before, after = held_out_calibration(lead, fitted)
+    expected = [fit_temperature(member) for member in lead[:300].unbind(1)]
+    assert temperature.tolist() == pytest.approx(expected, rel=1e-6)
+    errors = [expected_calibration_error(x / t).item() for x, t in zip(lead[300:].unbind(1), expected, strict=True)]
+    assert after == pytest.approx(sum(errors) / 2, abs=1e-6)
+    assert before == pytest.approx(
+        sum(expected_calibration_error(x).item() for x in lead[300:].unbind(1)) / 2, abs=1e-6
+    )
+    overfitted = [expected_calibration_error(x / t).item() for x, t in zip(lead[:300].unbind(1), expected, strict=True)]
+    assert abs(after - sum(overfitted) / 2) > 0.05
+
+
+def test_halves_share_no_group_and_do_not_depend_on_order():
+    groups = torch.tensor([7, -3, 7, 9, 2, 2, 9, 5])
+    half = first_half(groups)
+    assert set(groups[half].tolist()) == {-3, 2, 5}
+    assert set(groups[~half].tolist()) == {7, 9}
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(first_half(groups[order]), half[order])

@@ -254,7 +254,7 @@ def test_an_error_of_a_reward_that_waits_is_not_lost():
         map(float, [1, 2]),
         range(2),
     ],
-    ids=str,
+    ids=["floats", "integers", "bools", "float16", "numpy scalars", "a tensor", "map", "range"],
 )
 def test_arrays_and_whatever_can_be_gone_through_may_come_back(result):
     expected = [float(x) for x in (list(result) if not isinstance(result, map) else [1, 2])]
