@@ -46,6 +46,7 @@ class ExportAtEnd(Callback):
                 f"export.folder {place} is the model that the run begins with, which the export would replace"
             )
         check_replaceable(place)
+        check_replaceable(place.with_name(f"{place.name}-last"))
 
     def _place(self, trainer: Trainer) -> Path:
         return Path(self.folder or Path(trainer.default_root_dir, "export"))
@@ -68,7 +69,7 @@ class ExportAtEnd(Callback):
                 log.info("%s is the best checkpoint, %s; %s is the last", folder, best, last)
         export_module(pl_module, folder, trainer.is_global_zero, self.merge, self.dtype)
         trainer.strategy.barrier("export")
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and best is None:  # else the log has said it
             log.info("exported to %s (optimizer step %d)", folder, trainer.global_step)
 
 

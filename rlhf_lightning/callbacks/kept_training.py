@@ -29,6 +29,7 @@ class SaveBeforeMeasuring(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if getattr(pl_module, "unmeasured", False):
+            pl_module.measure_due = True  # type: ignore[assignment]
             for callback in run_checkpoints(trainer):
                 callback.save_now(trainer)
 

@@ -93,6 +93,7 @@ class RewardModelModule(LightningModule):
         self.train_means, self.eval_means = score_means(), score_means()
         self.guard = StepGuard()
         self.measured_at: int | None = None
+        self.measure_due = False
         self._eval_differences: list[Tensor] = []
 
     def configure_model(self) -> None:
@@ -166,13 +167,18 @@ class RewardModelModule(LightningModule):
             self._normalise()
         if self.calibrate:
             self._calibrate()
-        self.measured_at = self.trainer.global_step
+        self.measured_at, self.measure_due = self.trainer.global_step, False
+
+    def on_train_start(self) -> None:
+        if self.measure_due:  # the run was killed between the end of an epoch and the end of its measurement
+            self.measure_scores()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["measured_at"] = None if self.unmeasured else self.trainer.global_step
+        checkpoint["measure_due"] = self.measure_due
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.measured_at = checkpoint.get("measured_at")
+        self.measured_at, self.measure_due = checkpoint.get("measured_at"), checkpoint.get("measure_due", False)
 
     def _scored(self, name: str, batches: int | None = None) -> Iterator[tuple[RewardBatch, Tensor]]:
         """Batches of a split with their raw scores; all ranks read equally many, because FSDP2 gathers weights in each."""

@@ -156,6 +156,7 @@ def places(method: str) -> list[Place]:
         Place("shards folder", checkpoint_shards, "named"),
         Place("remove shards", checkpoint_file, "remove_unused"),
         Place("export", export, "export_folder"),
+        Place("export", export, "export_members"),
     ]
 
 
