@@ -75,8 +75,11 @@ def shape_of_kind(kind: type, values: list[Any]) -> Shape:
         return Items(shape_of(list(chain.from_iterable(values))))
     if kind is dict:
         keys = values[0].keys()
-        # A null key of a struct stands for one that is not there (see nested.py), so objects that hold a null are JSON.
+        # A null key of a struct stands for one that is not there (see nested.py), so objects that hold a null are JSON. So are
+        # those with a NUL in a key: Arrow cuts the names of fields there.
         if not keys or any(value.keys() != keys or None in value.values() for value in values):
+            return JSON
+        if any("\0" in key for key in keys):
             return JSON
         return Fields({key: shape_of([value[key] for value in values]) for key in keys})
     return Other(pa.infer_type(values))

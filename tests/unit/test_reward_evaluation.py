@@ -170,7 +170,9 @@ def test_samples_hold_prompt_answer_and_score_side_by_side(source, exports):
 
 def test_only_so_many_held_out_prompts_are_asked(source, exports):
     report = evaluated(source, exports, FunctionReward(words), prompts=2, split=Split(validation=0))
-    assert [row["prompt"] for row in report["samples"]] == PROMPTS[:2]
+    asked = [PROMPTS.index(row["prompt"]) for row in report["samples"]]
+    assert len(asked) == 2  # drawn by the split's seed, in the order of the source
+    assert asked == sorted(set(asked))
 
 
 def test_no_reward_at_all_is_an_error(source, exports):

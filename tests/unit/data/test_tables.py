@@ -25,6 +25,7 @@ MIXED = {
     "objects of unlike keys": [{"a": {"b": 1}}, {"a": {"c": 0.1}}, {"a": {}}, {"a": {"b": None}}],
     "lists of unlike objects": [{"a": [{"b": 1}]}, {"a": [{"b": 2, "c": 3}, None]}, {"a": []}],
     "a list beside text": [{"a": ["b"]}, {"a": "b"}, {"a": [1]}],
+    "keys with a NUL": [{"a": {"": 1, "\0": 2}}, {"a": {"": 3, "\0": 4}}, {"a": {"b\0c": 1, "b": 2}}],
     "truth is no number": [{"a": True}, {"a": 1}, {"a": 1.0}],
 }
 
