@@ -77,9 +77,16 @@ def model_spec(spec: Spec, folder: str) -> ModelSpec:
     return ModelSpec(path=folder, dtype="bfloat16" if spec.precision == "bf16-true" else "float32")
 
 
+def learning_rate(spec: Spec) -> float:
+    """That of all sides; a larger one for bfloat16 weights, which a small one would not move, so that it is refused."""
+    return 1e-4 if spec.precision == "bf16-true" else LR
+
+
 def adamw(spec: Spec) -> Callable[[Any], torch.optim.Optimizer]:
     """Fused, as TRL's; but Lightning's bf16-mixed does not let gradients be clipped for a fused optimizer."""
-    return lambda params: torch.optim.AdamW(params, lr=LR, weight_decay=0.0, fused=spec.precision != "bf16")
+    return lambda params: torch.optim.AdamW(
+        params, lr=learning_rate(spec), weight_decay=0.0, fused=spec.precision != "bf16"
+    )
 
 
 # ---------------------------------------------------------------- data
@@ -234,7 +241,7 @@ def grouped(spec: Spec, meter: Meter, advantages: CriticFree, objective: PolicyO
         update=GRPOUpdate(
             minibatch_size=size.rollouts, micro_batch_size=size.micro or size.rollouts, max_grad_norm=MAX_GRAD_NORM
         ),
-        optimizer=lambda groups: torch.optim.AdamW(groups, lr=LR, weight_decay=0.0, fused=True),
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=learning_rate(spec), weight_decay=0.0, fused=True),
     )
     learn = module._learn
 
@@ -311,4 +318,4 @@ def first_step(meter: Meter) -> tuple[PPOLoss, Any]:
                 meter.compare(seen["loss"], seen["grad_norm"])
             return super().step(closure)
 
-    return NotingLoss(), lambda groups: NotingAdamW(groups, lr=LR, weight_decay=0.0, fused=True)
+    return NotingLoss(), lambda groups: NotingAdamW(groups, lr=learning_rate(meter.spec), weight_decay=0.0, fused=True)

@@ -35,7 +35,8 @@ class WandbRun(WandbLogger):
         Raises:
             UserError: If no API key is configured.
         """
-        from wandb.errors import Error, UsageError  # a second, which other loggers do not need
+        import wandb  # a second, which other loggers do not need
+        from wandb.errors import Error, UsageError
 
         try:
             return WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
@@ -44,6 +45,7 @@ class WandbRun(WandbLogger):
         except Error as error:
             reason = (str(error).strip().splitlines() or [""])[0]
         self._offline, self._wandb_init["mode"] = True, "offline"
+        wandb.teardown()  # its service keeps the id of the run that failed as one in use
         run = WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
         log.warning(
             "W&B can't be reached (%s); the run is kept here and can be sent later: wandb sync %s",

@@ -163,7 +163,10 @@ class Encoder:
             ids = [*ids[:-1], self.end(ids[-1])[: -1 if truncated else None]]
         joined = list(chain.from_iterable(ids))
         flags = list(chain.from_iterable([piece.scored] * len(own) for piece, own in zip(pieces, ids, strict=True)))
-        begun = self.begin(joined)
+        # Only what comes before the first answer is looked through for BOS, which may be the same token as EOS.
+        before = next((n for n, piece in enumerate(pieces) if piece.answer), len(pieces))
+        opening = sum(map(len, ids[:before]))
+        begun = [*self.begin(joined[:opening]), *joined[opening:]]
         head = [pieces[0].scored] * max(0, len(begun) - len(joined))
         return Masked(begun, [*head, *flags][-len(begun) :] if begun else [])
 

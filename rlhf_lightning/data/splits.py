@@ -107,6 +107,10 @@ def load_part(
     bad = BadRows(bad_rows)
     parts = load_splits(source, kind, format, split, columns, bad)
     bad.settle()
+    if part not in parts and part == "validation":
+        raise UserError(
+            f"{source}: no prompt is held out; set split.validation above 0, or give the source validation rows"
+        )
     if part not in parts:
         raise UserError(f"{source} has no part '{part}'; it has {', '.join(parts)}")
     return parts[part].remove_columns(INDEX)

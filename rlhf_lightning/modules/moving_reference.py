@@ -60,15 +60,15 @@ class MovingReference:
         Raises:
             UserError: If the weights of the two don't correspond, FSDP1 is to lay them out, or a mix would be rounded away.
         """
+        if isinstance(strategy, FSDPStrategy):
+            raise UserError(
+                "FSDP1 hides which weights correspond; for moving_reference use -c configs/strategy/fsdp2.yaml"
+            )
         precision = "32-true" if strategy is None else str(strategy.precision_plugin.precision)
         if self.alpha < 1 and (precision.endswith("16-true") or weight_dtypes(reference) & set(HALF)):
             raise UserError(
                 "a moving reference in half precision stays behind, for small moves are lost in its rounding: set "
                 "moving_reference.alpha to 1, or use trainer.precision bf16-mixed with dtype float32"
-            )
-        if isinstance(strategy, FSDPStrategy):
-            raise UserError(
-                "FSDP1 hides which weights correspond; for moving_reference use -c configs/strategy/fsdp2.yaml"
             )
         ours, theirs = (
             {name: weight.shape for name, weight in network.named_parameters()} for network in (policy, reference)

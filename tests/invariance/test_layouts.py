@@ -49,7 +49,9 @@ def test_the_plain_run_has_something_to_get_wrong(subject, architecture, scalar)
     # The engine of these runs keeps no log-probabilities: those of the rollout are the policy's own, bit for bit.
     told = {f"train/sampling/sampling_logp_difference/{kind}" for kind in ("mean", "max")}
     rare = {"train/epoch", "train/early_stop", "train/rewards/failures", "train/rewards/skipped_iterations"}
-    rare |= {"train/groups/iterations_without_signal", "train/frac_reward_zero_std"}
+    rare |= {f"train/{part}/iterations_without_signal" for part in ("groups", "rewards")} | {
+        "train/frac_reward_zero_std"
+    }
     if subject != "grpo":  # whose loss clips, and has the KL in it
         rare |= {"train/kl_loss", *(f"train/clip_ratio/{bound}_mean" for bound in ("low", "high", "region"))}
     if subject == "process reward":  # with three erroneous solutions, of which all are found or none

@@ -63,7 +63,9 @@ def test_what_is_logged_is_theirs(offline, ours, name):
     theirs = offline(name)["metrics"]
     compared = theirs.keys() - NOT_COMPARED - NAMED.get(name, set())
     assert len(compared) >= 3
-    assert {k: ours(name)["metrics"][k] for k in compared} == pytest.approx({k: theirs[k] for k in compared}, abs=1e-5)
+    # Gradients are sums in float32, which CPUs take in different orders: a norm of 90 differs by 6e-5 between two of them.
+    expected = pytest.approx({k: theirs[k] for k in compared}, abs=1e-5, rel=2e-6)
+    assert {k: ours(name)["metrics"][k] for k in compared} == expected
 
 
 def test_their_metrics_are_means_of_micro_batch_means(offline, ours):

@@ -32,7 +32,9 @@ def test_what_is_logged_is_theirs(offline, ours, name):
     theirs = offline(name)["metrics"]
     compared = theirs.keys() - NOT_COMPARED - (MICRO_BATCH_MEANS if "accumulated" in name else set())
     assert {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen"} <= compared
-    assert {k: ours(name)["metrics"][k] for k in compared} == pytest.approx({k: theirs[k] for k in compared}, abs=1e-5)
+    # Gradients are sums in float32, which CPUs take in different orders: a norm of 90 differs by 6e-5 between two of them.
+    expected = pytest.approx({k: theirs[k] for k in compared}, abs=1e-5, rel=2e-6)
+    assert {k: ours(name)["metrics"][k] for k in compared} == expected
 
 
 def test_the_reference_point_is_theirs(offline, ours):

@@ -13,6 +13,7 @@ from rlhf_lightning.data.files import from_rows
 from rlhf_lightning.data.formats import to_canonical
 from rlhf_lightning.data.preferences import PreferenceDataModule
 from rlhf_lightning.data.prompts import PromptDataModule
+from rlhf_lightning.data.rows import INDEX
 from rlhf_lightning.data.splits import Split, load_splits
 from rlhf_lightning.data.streams import StreamSource
 from rlhf_lightning.errors import UserError
@@ -109,7 +110,8 @@ def test_a_bad_row_is_dropped_wherever_it_shows(tmp_path, chatml, stage, kind, c
     data.prepare_data()
     assert len(data.rows["train"]) == 29
     assert "dropped 1 of 30 rows" in caplog.text
-    assert not [name for name in data.rows["train"].column_names if name.startswith("__")]
+    assert [name for name in data.rows["train"].column_names if name.startswith("__")] == [INDEX]
+    assert sorted(data.rows["train"][INDEX]) == [index for index in range(30) if index != bad - 1]
 
 
 def test_rows_keep_their_file_and_row_through_the_split(tmp_path, chatml):
