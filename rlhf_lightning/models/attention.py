@@ -161,16 +161,15 @@ def attention(
     if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
         raise ValueError(f"attention with {', '.join(unknown)} is not known here")
     layer: Any = module.layer_idx
-    q, k, v = (_in_autocast_dtype(x).squeeze(0).transpose(0, 1) for x in (query, key, value))
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (_in_autocast_dtype(x) for x in (query, key, value))
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     return rows.attend(layer, q, k, v, scaling, sliding_window)[None], None
 
 
 def _in_autocast_dtype(x: Tensor) -> Tensor:
     """What autocast's kernels would compute with. Rotary embeddings give float32 queries and keys beside half values."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
 
 AttentionInterface.register(NAME, attention)
