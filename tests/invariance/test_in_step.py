@@ -38,7 +38,7 @@ def forwards(monkeypatch, sizes):
     taken = []
     module.forward = lambda batch: taken.append(batch) or torch.arange(2.0 * batch)
     module.transfer_batch_to_device = lambda batch, *_: batch
-    datamodule = SimpleNamespace(batch_size=2, loader=lambda name, shuffle: iter(sizes))
+    datamodule = SimpleNamespace(batch_size=2, scored_batches=lambda name: iter(sizes))
     strategy = SimpleNamespace(reduce=lambda moments, reduce_op: moments)
     module._trainer = SimpleNamespace(datamodule=datamodule, world_size=2, strategy=strategy)
     module._normalise()
