@@ -81,7 +81,7 @@ class BucketBatchSampler(Sampler[BatchPlan]):
         return full * self.accumulate + (0 if joined else len(self._batches(range(rest))))
 
     def rows_of_batches(self) -> list[int]:
-        """Rows in each batch of an epoch, in order, on the rank with the fewest."""
+        """Rows in each batch of an epoch, in order; the minimum over ranks."""
         size = self.batch_size * self.world_size * self.accumulate
         full, rest = divmod(len(self.lengths), size)
         steps = [size] * full

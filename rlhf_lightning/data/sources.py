@@ -45,7 +45,7 @@ class Source(ABC):
 class FileSource(Source):
     """A local file or folder: .json, .jsonl, .csv or .tsv, these also .gz; .parquet, .arrow, .txt; or from ``save_to_disk``."""
 
-    mark_bad: bool = False  # give rows that can't be read as marked ones, for whoever counts them
+    mark_bad: bool = False  # return unreadable rows as marked rows, which the caller counts
     text_columns: tuple[str, ...] = ()  # of CSV, whatever they look like
 
     def __init__(

@@ -29,7 +29,7 @@ class Split:
     Attributes:
         validation: Share of the prompts that is held out, chosen by a hash of the prompt: all rows of a prompt go one way.
         seed: Another seed, another choice.
-        limit: Keep only so many training rows, drawn by the seed: for debugging. Of a stream, the first ones.
+        limit: Number of training rows to keep, drawn by the seed: for debugging. Of a stream, the first ones.
     """
 
     validation: float = 0.05
@@ -138,7 +138,7 @@ def too_few(rows: Dataset, split: Split) -> UserError:
 
 
 def drawn(rows: Dataset, limit: int, seed: int) -> Dataset:
-    """So many rows, drawn at random without replacement and left in their order; all where there are no more."""
+    """Return `limit` rows, drawn at random without replacement, in their order; all rows if there are no more."""
     if limit >= len(rows):
         return rows
     chosen = np.random.default_rng(seed).choice(len(rows), size=limit, replace=False)

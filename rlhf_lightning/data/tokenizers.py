@@ -97,7 +97,7 @@ def repair_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A token that is in the vocabulary for padding, or reserved for whoever needs one; None if there is none.
+    """A token of the vocabulary that is meant for padding, or reserved; None if there is none.
 
     Of several reserved ones it is the last: later versions of a model give meanings to the first.
     """

@@ -39,7 +39,7 @@ class PromptRows:
     Attributes:
         source: A world, the path of a file or folder, or a hub id: whatever holds prompts.
         part: Training rows, or those that are held out.
-        limit: So many of them, drawn by the split's seed; None for all.
+        limit: Number of prompts, drawn by the split's seed; None for all.
         format: Name of the row format where it should not be detected.
         columns: Which columns are read as which, such as {prompt: question}, as in data modules.
         bad_rows: Whether bad rows end the command or are dropped and counted, as in data modules.

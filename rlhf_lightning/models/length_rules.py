@@ -124,7 +124,7 @@ def _measured(
         causes = [fields[field] for field, kept in single.items() if kept is None or not kept[index]]
         bound = None if shrunk[index] else min(causes or fields.values(), default=0)
         bounds.append(bound if short else 0)
-    if bounds[0]:  # or does the rule begin at so many tokens of all packed sequences together?
+    if bounds[0]:  # or does the rule begin at a number of tokens of all packed sequences together?
         short_rows = _kept(kind, config, list(fields), packed, padded, SHORT)
         bounds[0] = bounds[0] if short_rows and short_rows[0] else 0
     if (

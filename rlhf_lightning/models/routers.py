@@ -61,7 +61,7 @@ def _in_eval_mode(module: nn.Module, _: Any) -> None:
 
 
 def _fields(network: PreTrainedModel) -> dict[str, Any]:
-    """Of the text config, with those of the parts that it has for some layers (as DBRX has)."""
+    """Fields of the text config and of its nested configs, such as those of DBRX."""
     fields = network.config.get_text_config().to_dict()
     nested = [value for name, value in fields.items() if name.endswith("_config") and isinstance(value, dict)]
     return {key: value for part in nested for key, value in part.items()} | fields

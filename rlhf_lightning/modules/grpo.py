@@ -366,7 +366,7 @@ class GRPOModule(LightningModule):
         return [optimizer], [self.schedule.attach(optimizer, self.plan.iterations)]
 
     def _steps_of(self, prompts: int) -> int:
-        """Optimizer steps that an iteration takes on so many prompts, unless the KL stops it."""
+        """Optimizer steps of an iteration on this number of prompts, unless the KL stops it."""
         responses = min(self.groups.prompts or prompts, prompts) * self.groups.size
         return self.update.epochs * math.ceil(responses / self.update.minibatch_size)
 

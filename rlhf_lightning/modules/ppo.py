@@ -329,7 +329,7 @@ class PPOModule(LightningModule):
         return [optimizer], [self.schedule.attach(optimizer, self.plan.iterations)]
 
     def _steps_of(self, prompts: int) -> int:
-        """Optimizer steps that an iteration takes on so many prompts, unless the KL stops it."""
+        """Optimizer steps of an iteration on this number of prompts, unless the KL stops it."""
         return self.update.epochs * math.ceil(prompts / self.update.minibatch_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
