@@ -39,7 +39,8 @@ class DemonstrationDataModule(RowsDataModule):
                 users and tools within a completion never are, nor messages with ``weight`` 0 or ``loss``, ``train`` or
                 ``trainable`` false. Where the chat template writes earlier turns differently once another follows, as
                 those do that take reasoning out of them, every assistant turn is a row of its own.
-            bucket_batches: Number of batches whose rows are sorted by length together: less padding, less randomness.
+            bucket_batches: Number of optimizer steps whose rows are sorted by length together. More means less padding and less
+                randomness.
             shared: Keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``,
                 ``seed`` and ``chat_template_kwargs``, see :class:`.RowsDataModule`.
         """

@@ -98,7 +98,7 @@ def make_loader(
         place: Rank, world size, accumulation.
         num_workers: Processes that collate.
         weights: What each row adds to the denominator of the loss.
-        bucket_batches: How many optimizer steps' rows are sorted by length together.
+        bucket_batches: Number of optimizer steps whose rows are sorted by length together.
     """
     sampler = BucketBatchSampler(
         numbers(rows, "length"),

@@ -77,7 +77,8 @@ class RowsDataModule(lightning.LightningDataModule):
             split: What is held out, and how many training rows are kept: {validation: 0.05, seed: 0, limit: null}.
             num_workers: Processes that load batches.
             seed: Of the order of the rows.
-            bucket_batches: Number of batches whose rows are sorted by length together: less padding, less randomness.
+            bucket_batches: Number of optimizer steps whose rows are sorted by length together. More means less padding and less
+                randomness.
             chat_template_kwargs: Variables of the chat template, by name, such as ``{enable_thinking: false}``; a row's own
                 column of that name comes before. They are saved with the tokenizer of the export: `chat`, `sample`, evaluation
                 and later stages render with them too.

@@ -34,7 +34,8 @@ class PreferenceDataModule(RowsDataModule):
             max_length: Longest prompt with a response, in tokens. Pairs of which one side is longer are dropped and counted in
                 the log: to cut them would compare other texts than the annotator saw. The log-probabilities of a response are
                 those of its assistant turns; a reward model reads all of it.
-            bucket_batches: Number of batches whose rows are sorted by length together: less padding, less randomness.
+            bucket_batches: Number of optimizer steps whose rows are sorted by length together. More means less padding and less
+                randomness.
             differing_prompts: How pairs are handled whose user or system turns differ after their answers part, so that they
                 answer different prompts: "error", "drop" (counted), or "accept" to compare them all the same.
             shared: Keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``,

@@ -46,7 +46,8 @@ class RankingDataModule(RowsDataModule):
             batch_size: Prompts a batch on one rank, each with all its completions.
             max_length: Longest prompt with a completion, in tokens. Longer completions are dropped from their ranking, and
                 rankings of which no order is left are dropped; both are counted in the log.
-            bucket_batches: Number of batches whose rows are sorted by length together: less padding, less randomness.
+            bucket_batches: Number of optimizer steps whose rows are sorted by length together. More means less padding and less
+                randomness.
             differing_prompts: How rankings are handled whose user or system turns differ after their answers part, so that they
                 answer different prompts: "error", "drop" (counted), or "accept" to compare them all the same.
             shared: Keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``,

@@ -271,8 +271,10 @@ def preferences(
 
 
 def unpaired(tokenizer: PreTrainedTokenizerBase, max_length: int = 1024) -> Tokenization:
-    """Of liked and disliked completions: ``prompt_ids``, ``completion_ids``, ``label`` and ``length``; where some have turns
-    that are not scored, ``completion_skips``, see :class:`.encoding.Response`.
+    """Tokenization of liked and disliked completions.
+
+    Columns: ``prompt_ids``, ``completion_ids``, ``label`` and ``length``; where some completions have turns that are not
+    scored, also ``completion_skips``, see :class:`.encoding.Response`.
 
     Those longer than ``max_length`` are dropped and counted. A completion of which the column ``completion_truncated`` (of
     one half of a pair ``chosen_truncated`` or ``rejected_truncated``) is true gets no EOS.

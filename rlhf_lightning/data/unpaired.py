@@ -37,7 +37,8 @@ class UnpairedDataModule(RowsDataModule):
             batch_size: Completions a batch on one rank.
             max_length: Longest prompt with its completion, in tokens. Longer ones are dropped and counted in the log: to cut
                 them would judge other texts than the annotator saw.
-            bucket_batches: Number of batches whose rows are sorted by length together: less padding, less randomness.
+            bucket_batches: Number of optimizer steps whose rows are sorted by length together. More means less padding and less
+                randomness.
             shared: Keys that all data modules have: ``format``, ``columns``, ``bad_rows``, ``split``, ``num_workers``,
                 ``seed`` and ``chat_template_kwargs``, see :class:`.RowsDataModule`.
         """

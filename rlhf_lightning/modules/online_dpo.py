@@ -330,7 +330,7 @@ class OnlineDPOModule(LightningModule):
         return [optimizer], [self.schedule.attach(optimizer, self.plan.iterations)]
 
     def _steps_of(self, prompts: int) -> int:
-        """Optimizer steps that an iteration takes on so many prompts, with one pair each."""
+        """Optimizer steps of an iteration on this number of prompts, with one pair each."""
         return self.update.epochs * math.ceil(2 * prompts / self.update.minibatch_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ def plan_run(module: Any, steps_of: Callable[[int], int]) -> RunPlan:
 
     Args:
         module: In a fit; its ``iterations`` may be None.
-        steps_of: Optimizer steps that an iteration takes on a batch of so many prompts.
+        steps_of: Returns the optimizer steps of an iteration, given the number of prompts in its batch.
     """
     trainer = module.trainer
     steps = [steps_of(rows) for rows in prompts_of_batches(module)]
@@ -90,7 +90,7 @@ def has_known_length(module: Any) -> bool:
 
 
 def prompts_of_batches(module: Any) -> list[int]:
-    """Prompts in each batch of an epoch on the rank with the fewest; of a stream, of which it is not known, in one batch."""
+    """Prompts in each batch of an epoch, the minimum over ranks; of a stream, whose length is not known, in one batch."""
     if not has_known_length(module):
         return [prompts_a_batch(module)]
     count = int(module.trainer.num_training_batches)

@@ -123,7 +123,7 @@ def draw_groups(
     least: Callable[[int], int],
     processed: Callable[[Tensor, Tensor], Tensor],
 ) -> Drawn:
-    """Several responses to each prompt; to so many prompts that ``wanted`` have responses that differ in processed score.
+    """Sample a group for each prompt until ``wanted`` prompts have responses that differ in processed score.
 
     Every rank draws for as many prompts, and keeps as many, as every other.
 
