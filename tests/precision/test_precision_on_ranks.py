@@ -1,7 +1,5 @@
 """Half precision in shards: two ranks under FSDP2 begin where one does, and master weights are in shards as well."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -17,9 +15,8 @@ def masters(params):
     return MasterWeights(params, lambda groups: torch.optim.AdamW(groups, lr=1e-5))
 
 
-def steps(rank, base, strategy, name):
+def steps(rank, policy, scalar, strategy, name):
     """Three steps, or iterations, in bf16-true: what the first logs, and what the optimizer holds."""
-    policy, scalar = folders(Path(base))
     module = METHODS[name].build(ModelSpec(path=policy), scalar)
     module.optimizer_factory = masters
     logged = fit(module, METHODS[name].rows, "bf16-true", steps=3, strategy=strategy, devices=2)
@@ -39,8 +36,8 @@ def steps(rank, base, strategy, name):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
 def test_two_ranks_begin_where_one_does_and_keep_masters(name, strategy, base, tmp_path):
-    folders(base)
-    first, _ = on_ranks(steps, tmp_path / "ranks", str(base), strategy, name)
+    policy, scalar = folders(base)  # written once, here: two ranks that write one folder lose each other's files
+    first, _ = on_ranks(steps, tmp_path / "ranks", policy, scalar, strategy, name)
     assert first["sharded"] == (strategy == "fsdp2")
     assert first["between"]
     assert first["saved"]
