@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +21,11 @@ from rlhf_lightning.commands.imports import FLAG
 from rlhf_lightning.commands.run_folder import CONFIG
 from rlhf_lightning.commands.sample import ROWS
 from rlhf_lightning.errors import RunStopped, UserError, harmless
+from rlhf_lightning.evaluation.candidates import described
 from rlhf_lightning.evaluation.evaluation import Evaluation, WorldEvaluation
 from rlhf_lightning.evaluation.leaderboard import leaderboard, write_leaderboard
-from rlhf_lightning.evaluation.report import write_report
+from rlhf_lightning.evaluation.report import PAGE, ReportSettings, write_report
+from rlhf_lightning.evaluation.thresholds import check_names
 from rlhf_lightning.models.export import replace_file
 
 log = logging.getLogger(__name__)
@@ -76,6 +79,7 @@ def pipeline(
     options: dict[str, Any] | None = None,
     overwrite: bool = False,
     seeds: list[int] | None = None,
+    report: ReportSettings = ReportSettings(),  # noqa: B008  (frozen)
 ) -> None:
     """Run stages one after the other, hand each one's export to the next, evaluate, and write a report.
 
@@ -91,15 +95,18 @@ def pipeline(
         overwrite: Begin stages anew whose settings have changed.
         seeds: Do all of that for each of these instead of ``seed_everything``, in folders of their own, and write a leaderboard
             of the policies.
+        report: Title, names and thresholds of the report.
 
     Raises:
-        UserError: If the plan can't be carried out, or a stage fails.
+        UserError: If the plan can't be carried out, a stage fails, or a required threshold is missed.
     """
     _check_plan(stages)
     if evaluation is not None:
         evaluation.check()
+    check_names(report.thresholds or [], [stage.name for stage in stages])
+    run = partial(_run, stages, evaluation=evaluation, report=report, overwrite=overwrite)
     if not seeds:
-        _run(stages, Path(output), seed_everything, seed_keys or [], evaluation, options or {}, overwrite)
+        _require(run(Path(output), seed_everything, seed_keys or [], options or {}), report)
         return
     if not isinstance(evaluation, WorldEvaluation) or not evaluation.envelope_samples:
         raise UserError(
@@ -108,9 +115,11 @@ def pipeline(
     of_seeds = {seed: Path(output, f"seed_{seed}") for seed in seeds}
     for seed, folder in of_seeds.items():
         console.rule(f"seed {seed}")
-        _run(stages, folder, seed, seed_keys or [], evaluation, options or {}, overwrite)
+        run(folder, seed, seed_keys or [], options or {})
     reports = [json.loads((folder / "report.json").read_text()) for folder in of_seeds.values()]
     console.print(f"leaderboard: {write_leaderboard(leaderboard(reports), Path(output))}")
+    for written in reports:
+        _require(written, report)
 
 
 def _run(
@@ -118,20 +127,28 @@ def _run(
     folder: Path,
     seed: int,
     seed_keys: list[str],
-    evaluation: Evaluation | None,
     options: dict[str, Any],
+    *,
+    evaluation: Evaluation | None,
+    report: ReportSettings,
     overwrite: bool,
-) -> None:
-    """All stages with one seed, and their report."""
+) -> dict[str, Any]:
+    """Run all stages with one seed, and write their report.
+
+    Returns:
+        What is in report.json.
+    """
     started = time.perf_counter()
     record = _read_record(folder, {stage.name for stage in stages})
     fingerprints: dict[str, str] = {}
+    commands: dict[str, str] = {}
     by_name = {stage.name: stage for stage in stages}
     for stage in stages:
         made = {key: str(by_name[source].product(folder)) for key, source in stage.inputs.items()}
         arguments = _arguments(stage, folder, seed, seed_keys, options, made)
         upstream = [fingerprints[name] for name in stage.inputs.values()]
         fingerprints[stage.name] = _fingerprint(stage, arguments, upstream)
+        commands[stage.name] = _shown(fit_command(arguments, stage.command))
         _run_stage(stage, arguments, fingerprints[stage.name], folder, record, overwrite)
         if stage.trains:  # before another stage builds on it
             _check_handoff(stage, {name: by_name[name] for name in stage.inputs.values()}, folder)
@@ -139,14 +156,33 @@ def _run(
     seconds = {stage.name: round(record[stage.name]["seconds"], 1) for stage in stages} | {
         "training": round(training, 1)
     }
-    report: dict[str, Any] = {"seed": seed, "seconds": seconds}
+    measured: dict[str, Any] = {"seed": seed, "seconds": seconds}
     with _finished_stages(folder):
         if evaluation is not None:
             console.rule("evaluation")
-            report |= evaluation.run({stage.name: stage.product(folder) for stage in stages if stage.trains}, seed)
+            measured["evaluation"] = described(evaluation)
+            measured |= evaluation.run({stage.name: stage.product(folder) for stage in stages if stage.trains}, seed)
         seconds["total"] = round(time.perf_counter() - started, 1)
-        page = write_report(report, folder, [stage.name for stage in stages if stage.trains])
-    console.print(f"report: {page}")
+        usual = evaluation.thresholds if evaluation is not None else ()
+        written = write_report(measured, folder, commands, report, usual)
+    console.print(f"report: {folder / PAGE}")
+    return written
+
+
+def _require(written: dict[str, Any], settings: ReportSettings) -> None:
+    """Refuse a report whose thresholds are missed, where they are required.
+
+    Raises:
+        UserError: Names the thresholds.
+    """
+    missed = [check["name"] for check in written["thresholds"] if not check["met"]]
+    if settings.require_thresholds and missed:
+        raise UserError(f"seed {written['seed']}: thresholds missed: {', '.join(missed)}; the report is complete")
+
+
+def _shown(command: list[str]) -> str:
+    """A command line for readers: python instead of the path of the interpreter."""
+    return harmless(shlex.join(["python", *command[1:]]))
 
 
 @contextmanager
@@ -234,7 +270,7 @@ def _run_stage(
         "seconds": known.get("seconds", 0.0) if resume else 0.0,
     }
     _write_record(folder, record)
-    console.print(harmless(shlex.join(["python", *command[1:]])), style="dim", soft_wrap=True)
+    console.print(_shown(command), style="dim", soft_wrap=True)
     started = time.perf_counter()
     code = run_fit(command)
     record[stage.name]["seconds"] += time.perf_counter() - started

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rlhf_lightning.evaluation.statistics import estimate
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.native import engine_for
 from rlhf_lightning.models.frozen import Frozen
@@ -44,6 +45,11 @@ class Answers:
     kl: NDArray[np.floating]
     columns: dict[str, list[Any]] = field(default_factory=dict)
 
+    @property
+    def clusters(self) -> list[str]:
+        """The text of each prompt: the same one may be asked more than once."""
+        return [str(prompt) for prompt in self.prompts]
+
     def samples(self) -> Samples:
         """All answers in one list, those to one prompt side by side."""
         width = self.truncated.shape[1]
@@ -54,6 +60,12 @@ class Answers:
             truncated=self.truncated.flatten().tolist(),
             columns={name: repeated(values, width) for name, values in self.columns.items()},
         )
+
+
+def kl_figures(answers: Answers) -> dict[str, Any]:
+    """Mean KL in nats a response, and its 95 % interval over distinct prompts."""
+    _, low, high = estimate(answers.kl, answers.clusters)
+    return {"kl": float(answers.kl.mean()), "kl_interval": {"low": low, "high": high}}
 
 
 class Answerer:

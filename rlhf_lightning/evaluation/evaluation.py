@@ -1,9 +1,10 @@
-"""What is asked of exported models at the end of a pipeline, as objects that YAML names."""
+"""Evaluations of exported models at the end of a pipeline, as objects that YAML names."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
@@ -16,13 +17,14 @@ from rlhf_lightning.data.formats import to_canonical
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.data.splits import Split, drawn, load_part
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.answers import Answerer, Answers
+from rlhf_lightning.evaluation.answers import Answerer, Answers, kl_figures
 from rlhf_lightning.evaluation.leaderboard import envelope
 from rlhf_lightning.evaluation.statistics import estimate, win_rate
+from rlhf_lightning.evaluation.thresholds import Threshold
 from rlhf_lightning.evaluation.world import (
+    THRESHOLDS,
     Judged,
     best_of,
-    check_thresholds,
     comparisons,
     judge,
     reward_model_summary,
@@ -39,7 +41,13 @@ console = Console(markup=False)
 
 
 class Evaluation(ABC):
-    """Turns exported folders into figures."""
+    """Turns exported folders into figures.
+
+    Attributes:
+        thresholds: What a good run reaches, where the user gives no thresholds.
+    """
+
+    thresholds: ClassVar[Sequence[Threshold]] = ()
 
     def check(self) -> None:
         """Before the first stage: raise a UserError for what would fail after the last one."""
@@ -47,7 +55,7 @@ class Evaluation(ABC):
 
     @abstractmethod
     def run(self, exports: dict[str, Path], seed: int) -> dict[str, Any]:
-        """Figures for the report.
+        """Figures for the report: policies, comparisons, samples, and the name of the reward; see the classes below.
 
         Args:
             exports: Folder by stage, in order; the first policy is what the others are compared with.
@@ -73,6 +81,8 @@ def by_task(exports: dict[str, Path]) -> tuple[dict[str, Path], dict[str, Path]]
 
 class WorldEvaluation(Evaluation):
     """Gold reward of every policy, sampled and greedy, on held-out and out-of-distribution prompts; best of n; thresholds."""
+
+    thresholds = THRESHOLDS
 
     def __init__(
         self,
@@ -121,6 +131,12 @@ class WorldEvaluation(Evaluation):
         base = next(iter(policies))
         judged = {name: self._judge(world, path, policies[base], prompts, name) for name, path in policies.items()}
         report: dict[str, Any] = {
+            "reward": {"figure": "gold", "name": "gold reward", "about": GOLD},
+            "conditions": {
+                f"{split}/{mode}": _condition(rows, sampling, samples)
+                for split, rows in prompts.items()
+                for mode, sampling, samples in (("sampled", self.sampled, self.samples), ("greedy", self.greedy, 1))
+            },
             "policies": {name: self._summaries(parts, reward) for name, parts in judged.items()},
             "comparisons": {name: comparisons(judged[base], parts) for name, parts in judged.items() if name != base},
             "samples": self._side_by_side(judged),
@@ -131,7 +147,7 @@ class WorldEvaluation(Evaluation):
             report["reward_model"] = self._reward_model(world, reward)
             if self.best_of_samples:
                 report["best_of_n"] = self._best_of(world, policies[base], reward, prompts["held_out"])
-        return report | {"thresholds": check_thresholds(report)}
+        return report
 
     def _judge(
         self, world: HHHWorld, path: Path, base: Path, prompts: dict[str, list[Any]], name: str
@@ -189,6 +205,11 @@ class WorldEvaluation(Evaluation):
         return rows
 
 
+GOLD = "The gold reward is the world's own: no training sees it, and 1 is the best."
+OWN_MODEL = (
+    'The score is that of the reward model of stage "{}". A policy that was trained on it may exploit its mistakes: '
+    "read the answers before you believe a rise."
+)
 SPLITS = {"held_out": "validation", "ood": "ood"}
 
 
@@ -238,7 +259,8 @@ class RewardEvaluation(Evaluation):
 
     def run(self, exports: dict[str, Path], seed: int) -> dict[str, Any]:
         policies, reward_models = by_task(exports)
-        reward = self.reward or _prepared(next(iter(reward_models.values()), None))
+        own = None if self.reward else next(iter(reward_models), None)
+        reward = self.reward or _prepared(reward_models[own] if own else None)
         if reward is None:
             raise UserError("RewardEvaluation has no reward: give one, or a stage that trains a reward model")
         reward.prepare("cpu")
@@ -252,10 +274,18 @@ class RewardEvaluation(Evaluation):
             for name, path in policies.items()
         }
         scores = {name: _scores(reward, given) for name, given in answers.items()}
+        clusters = answers[base].clusters
         return {
+            "reward": {"figure": "score", "name": reward.title} | ({"about": OWN_MODEL.format(own)} if own else {}),
+            "conditions": {"held_out/sampled": _condition(prompts, self.sampling, self.samples)},
             "policies": {name: {"held_out/sampled": _plain_summary(answers[name], scores[name])} for name in policies},
             "comparisons": {
-                name: {"held_out/sampled": {"win_rate": win_rate(scores[name], scores[base])._asdict()}}
+                name: {
+                    "held_out/sampled": {
+                        "gain": estimate(scores[name] - scores[base], clusters)._asdict(),
+                        "win_rate": win_rate(scores[name], scores[base], clusters)._asdict(),
+                    }
+                }
                 for name in policies
                 if name != base
             },
@@ -274,10 +304,24 @@ class RewardEvaluation(Evaluation):
 
 def _plain_summary(answers: Answers, scores: Any) -> dict[str, Any]:
     return {
-        "score": estimate(scores)._asdict(),
-        "kl": float(answers.kl.mean()),
+        "score": estimate(scores, answers.clusters)._asdict(),
+        **kl_figures(answers),
         "length": float(answers.lengths.mean()),
         "truncated": float(answers.truncated.mean()),
+    }
+
+
+def _condition(prompts: list[Any], sampling: SamplingParameters, samples: int) -> dict[str, Any]:
+    """How many prompts were answered how, for the report's headings."""
+    greedy = sampling.temperature == 0
+    how = "greedy" if greedy else f"sampled at temperature {sampling.temperature:g}"
+    others = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+    how += "".join(f", {name} {value:g}" for name, none in others.items() if (value := getattr(sampling, name)) != none)
+    return {
+        "prompts": len(prompts),
+        "distinct": len({str(prompt) for prompt in prompts}),
+        "samples": samples,
+        "sampling": how,
     }
 
 

@@ -1,10 +1,11 @@
 """report.json for programs, report/index.html for people (one page that needs nothing beside it), a table in the terminal."""
 
-import csv
-import io
 import json
+import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,6 @@ import torch
 import transformers
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -21,153 +20,178 @@ from rich.text import Text
 
 from rlhf_lightning import __version__
 from rlhf_lightning.errors import harmless
+from rlhf_lightning.evaluation.charts import reward_against_kl, stage_curves
+from rlhf_lightning.evaluation.glossary import anchor, explained
+from rlhf_lightning.evaluation.headline import headline, main_condition, reward_of
+from rlhf_lightning.evaluation.tables import condition_title, detail_tables, terminal_table
+from rlhf_lightning.evaluation.thresholds import Threshold, check_thresholds, in_words
 from rlhf_lightning.models.export import replace_file
 
-# What is drawn of each stage's metrics.csv, if it is there: title, and columns of the same unit.
-CURVES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("loss", ("train/loss", "eval/loss")),
-    ("accuracy", ("train/accuracy", "eval/accuracy", "train/rewards/accuracies", "eval/rewards/accuracies")),
-    ("reward", ("train/objective/scores", "eval/sampled/score", "eval/greedy/score")),
-    ("implicit reward", ("train/rewards/chosen", "train/rewards/rejected", "train/rewards/margins")),
-    ("KL, nats a response", ("train/objective/kl", "eval/sampled/kl")),
-    ("response length, tokens", ("train/objective/length", "eval/sampled/length")),
-    ("entropy, nats a token", ("train/policy/entropy_avg", "train/entropy", "eval/entropy")),
-    ("critic's explained variance", ("train/val/explained_variance",)),
-)
+PAGE = Path("report", "index.html")
+CONFIGS = ("config.yaml", "settings.json")  # of a fit, and of a sample
 
 
-def write_report(report: dict[str, Any], folder: Path, stages: list[str]) -> Path:
-    """Write both files and print the table.
+@dataclass(frozen=True)
+class ReportSettings:
+    """Title, names and thresholds of a report.
+
+    Attributes:
+        title: Heading of the page; None for the name of the pipeline's folder.
+        reward: Name of the reward in text, tables and the figure; None for what the evaluation calls it.
+        thresholds: Figures that a good run reaches, marked as met or missed; None for those of the evaluation.
+        require_thresholds: End the command with exit code 2 if a threshold is missed.
+    """
+
+    title: str | None = None
+    reward: str | None = None
+    thresholds: list[Threshold] | None = None
+    require_thresholds: bool = False
+
+
+def write_report(
+    measured: dict[str, Any],
+    folder: Path,
+    commands: dict[str, str],
+    settings: ReportSettings = ReportSettings(),
+    usual_thresholds: Sequence[Threshold] = (),
+) -> dict[str, Any]:
+    """Write both files and print the headline and the table.
 
     Args:
-        report: What was measured.
-        folder: Of the pipeline; each stage's ``metrics.csv`` is in it.
-        stages: Names, in order.
+        measured: What the pipeline and its evaluation measured.
+        folder: Of the pipeline; each stage's ``metrics.csv`` and config are in it.
+        commands: Command line of each stage, in order.
+        settings: What the user chose.
+        usual_thresholds: Those of the evaluation, for settings without any; the ones that it did not measure are dropped.
 
     Returns:
-        The page.
+        What is in report.json.
     """
-    report = {
-        **report,
+    report = completed(measured, folder, commands, settings, usual_thresholds)
+    replace_file(folder / "report.json", json.dumps(report, indent=2, allow_nan=False))
+    configs = {stage: text for stage in commands if (text := _config_of(folder / stage))}
+    curves = {stage: stage_curves(folder / stage / "metrics.csv") for stage in commands}
+    page = render(report, curves, configs)
+    (folder / PAGE).parent.mkdir(exist_ok=True)
+    replace_file(folder / PAGE, page)
+    print_report(report)
+    return report
+
+
+def completed(
+    measured: dict[str, Any],
+    folder: Path,
+    commands: dict[str, str],
+    settings: ReportSettings,
+    usual_thresholds: Sequence[Threshold],
+) -> dict[str, Any]:
+    """What was measured, with everything else that the page shows."""
+    report: dict[str, Any] = {"title": settings.title or f"Pipeline {folder.resolve().name}", **measured}
+    if main_condition(report) is not None:
+        report["reward"] = reward_of(report) | ({"name": settings.reward} if settings.reward else {})
+    chosen = settings.thresholds
+    checked = check_thresholds(usual_thresholds if chosen is None else chosen, report, skip_missing=chosen is None)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return report | {
+        "headline": headline(report),
+        "thresholds": checked,
+        "stages": [{"name": name, "command": command} for name, command in commands.items()],
+        "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "versions": {
             "rlhf_lightning": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            "python": platform.python_version(),
         },
         "hardware": {
             "machine": platform.machine(),
+            "processors": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "cuda": torch.cuda.is_available(),
+            "gpus": gpus,
         },
     }
-    replace_file(folder / "report.json", json.dumps(report, indent=2, allow_nan=False))
-    curves = {stage: stage_curves(folder / stage / "metrics.csv") for stage in stages}
-    page = render(report, curves)
-    (folder / "report").mkdir(exist_ok=True)
-    replace_file(folder / "report" / "index.html", page)
-    print_table(report)
-    return folder / "report" / "index.html"
 
 
-def render(report: dict[str, Any], curves: dict[str, list[Markup]]) -> str:
+def _config_of(stage: Path) -> str | None:
+    return next((path.read_text(encoding="utf-8") for name in CONFIGS if (path := stage / name).is_file()), None)
+
+
+def render(report: dict[str, Any], curves: dict[str, list[Markup]], configs: dict[str, str] | None = None) -> str:
     """The page; text is escaped, and what is not printable in it is shown as its code.
 
     Args:
-        report: What was measured.
+        report: What is in report.json.
         curves: SVGs by stage.
+        configs: Text of the config of each stage.
     """
     environment = Environment(
         loader=PackageLoader("rlhf_lightning.evaluation", "."),
         autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
         finalize=lambda value: harmless(value) if type(value) is str else value,
     )
-    return environment.get_template("report.html").render(report=report, curves=curves, where=where_columns(report))
+    environment.globals |= {"anchor": anchor, "in_words": in_words}
+    tables = detail_tables(report)
+    condition = main_condition(report)
+    return environment.get_template("report.html").render(
+        report=report,
+        reward=reward_of(report),
+        figure=main_figure(report),
+        where=condition_title(report, condition) if condition else None,
+        curves={stage: charts for stage, charts in curves.items() if charts},
+        tables=tables,
+        configs=configs or {},
+        glossary=explained(
+            _terms(report, [column.term for _, group in tables for table in group for column in table.columns])
+        ),
+    )
 
 
-def where_columns(report: dict[str, Any]) -> list[str]:
-    """The "split/mode" keys that the policies were measured at, in order."""
-    first: dict[str, Any] = next(iter(report.get("policies", {}).values()), {})
-    return list(first)
-
-
-def stage_curves(path: Path) -> list[Markup]:
-    """One small SVG a title of ``CURVES`` for which the file has columns."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    drawn = []
-    for title, columns in CURVES:
-        series = {name: points(rows, name) for name in columns if rows and name in rows[0]}
-        series = {name: xy for name, xy in series.items() if xy[0]}
-        if series:
-            drawn.append(line_chart(title, series))
-    return drawn
-
-
-def points(rows: Iterable[dict[str, str]], column: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one column, where it has a value."""
-    known = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
-    return [step for step, _ in known], [value for _, value in known]
-
-
-def line_chart(title: str, series: dict[str, tuple[list[int], list[float]]]) -> Markup:
-    """An SVG to stand in a page."""
-    figure = Figure(figsize=(4.2, 2.6), layout="constrained")
-    axes = figure.add_subplot()
-    for name, (steps, values) in series.items():
-        axes.plot(
-            steps, values, marker="o" if len(steps) < 5 else None, markersize=3, linewidth=1.4, label=harmless(name)
-        )
-    axes.set_title(harmless(title), fontsize=9)
-    axes.set_xlabel("optimizer step", fontsize=8)
-    axes.tick_params(labelsize=7)
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=6, frameon=False)
-    return as_svg(figure)
-
-
-def as_svg(figure: Figure) -> Markup:
-    """A figure as inline SVG."""
-    buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = buffer.getvalue()
-    return Markup(svg[svg.index("<svg") :])
-
-
-def print_table(report: dict[str, Any]) -> None:
-    """The headline: every policy on held-out prompts, and what the methods gained."""
-    console = Console()
-    table = Table(title="held-out prompts, sampled at temperature 1; 95 % intervals", title_justify="left")
-    for column in ("policy", "gold reward", "greedy", "OOD", "gap closed", "win rate", "KL", "length"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
+def main_figure(report: dict[str, Any]) -> Markup | None:
+    """Reward against KL of all policies at the main condition; None where one of the two was not measured."""
+    condition, reward = main_condition(report), reward_of(report)
+    points = {}
     for name, parts in report.get("policies", {}).items():
-        compared = report["comparisons"].get(name, {}).get("held_out/sampled", {})
-        held_out = parts["held_out/sampled"]
-        table.add_row(
-            Text(harmless(name)),
-            interval(held_out.get("gold") or held_out.get("score")),
-            *(mean(parts.get(where, {}).get("gold")) for where in ("held_out/greedy", "ood/sampled")),
-            f"{compared['gap_closed']:.0%}" if "gap_closed" in compared else "",
-            f"{compared['win_rate']['mean']:.2f}" if compared else "",
-            f"{held_out['kl']:.1f}",
-            f"{held_out['length']:.1f}",
-        )
+        part = parts.get(condition, {})
+        if reward["figure"] in part and "kl" in part:
+            kl = {"mean": part["kl"], "low": part["kl"], "high": part["kl"]} | part.get("kl_interval", {})
+            points[name] = {"kl": kl, "reward": part[reward["figure"]]}
+    return reward_against_kl(points, reward["name"], report.get("envelope")) if points else None
+
+
+def _terms(report: dict[str, Any], columns: list[str | None]) -> set[str]:
+    """Terms that occur in the page."""
+    conditions = next(iter(report.get("policies", {}).values()), {})
+    found = {term for term in columns if term}
+    for condition in conditions:
+        split, _, mode = condition.partition("/")
+        found |= {{"held_out": "held-out", "ood": "out of distribution"}.get(split, split), mode}
+    return (
+        found
+        | ({"95 % interval", "KL"} if conditions else set())
+        | ({"best of n"} if report.get("best_of_n") else set())
+    )
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The headline, the table of policies, and which thresholds are met."""
+    console = Console()
+    if report.get("headline"):
+        console.print(Text(harmless(report["headline"])))
     if report.get("policies"):
+        figures = terminal_table(report)
+        table = Table(title=Text(harmless(figures.caption)), title_justify="left")
+        table.add_column(figures.corner)
+        for column in figures.columns:
+            table.add_column(Text(harmless(column.title)), justify="right")
+        for i, name in enumerate(figures.names):
+            table.add_row(Text(harmless(name)), *(Text(column.cells[i]) for column in figures.columns))
         console.print(table)
     for check in report.get("thresholds", []):
-        mark = "[green]ok  [/]" if check["met"] else "[red]miss[/]"
-        bounds = " and ".join(f"{s} {check[k]:g}" for k, s in (("low", "at least"), ("high", "at most")) if k in check)
-        console.print(f"{mark} {escape(harmless(check['name']))}: {check['value']:.3f} ({bounds})")
+        mark = "[green]met   [/]" if check["met"] else "[red]missed[/]"
+        value = "not measured" if check["value"] is None else f"{check['value']:.3f}"
+        console.print(f"{mark} {escape(harmless(check['name']))}: {value} ({in_words(check)})")
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items())
     console.print(Text(harmless(f"seconds: {seconds}")))
-
-
-def mean(value: dict[str, float] | None) -> str:
-    """A mean, short."""
-    return f"{value['mean']:.2f}" if value else ""
-
-
-def interval(value: dict[str, float] | None) -> str:
-    """A mean with its interval, short."""
-    return f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]".replace("[", "\\[") if value else ""

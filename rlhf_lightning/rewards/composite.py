@@ -33,6 +33,11 @@ class WeightedRewards(Reward):
         self.logs_metrics = any(reward.logs_metrics for reward in rewards)
         self.reads_trainer_state = any(reward.reads_trainer_state for reward in rewards)
 
+    @property
+    def title(self) -> str:
+        parts = (f"{weight:g} x {reward.name}" for reward, weight in zip(self.rewards, self.weights, strict=True))
+        return f"weighted reward ({' + '.join(parts)})"
+
     def prepare(self, device: torch.device | str) -> None:
         for reward in self.rewards:
             reward.prepare(device)

@@ -90,6 +90,10 @@ class EnsembleReward(Reward):
     def name(self) -> str:
         return "ensemble"
 
+    @property
+    def title(self) -> str:
+        return "reward ensemble's score"
+
     def prepare(self, device: torch.device | str) -> None:
         """Load the members.
 

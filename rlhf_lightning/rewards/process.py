@@ -53,6 +53,10 @@ class ProcessReward(Reward):
     def name(self) -> str:
         return "process_reward"
 
+    @property
+    def title(self) -> str:
+        return "process reward model's score"
+
     def prepare(self, device: torch.device | str) -> None:
         """Load model and tokenizer.
 

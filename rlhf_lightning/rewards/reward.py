@@ -89,6 +89,11 @@ class Reward(ABC):
         """What its scores are logged under."""
         return type(self).__name__
 
+    @property
+    def title(self) -> str:
+        """What a report calls it, in a sentence such as "PPO raised the ..."."""
+        return self.name if self.name.lower().endswith(("reward", "rewards")) else f"reward {self.name}"
+
     def prepare(self, device: torch.device | str) -> None:  # noqa: B027  (most rewards have nothing to load)
         """Load what is needed, on this device. Called once, before the first score."""
 

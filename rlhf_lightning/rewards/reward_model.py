@@ -43,6 +43,10 @@ class RewardModelReward(Reward):
     def name(self) -> str:
         return "reward_model"
 
+    @property
+    def title(self) -> str:
+        return "reward model's score"
+
     def prepare(self, device: torch.device | str) -> None:
         """Load model and tokenizer.
 

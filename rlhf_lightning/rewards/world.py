@@ -18,6 +18,10 @@ class GoldReward(Reward):
     def name(self) -> str:
         return "gold"
 
+    @property
+    def title(self) -> str:
+        return "gold reward"
+
     def score(self, samples: Samples) -> Tensor:
         rows = zip(samples.prompts, samples.completions, samples.truncated, strict=True)
         return torch.tensor(

@@ -16,7 +16,8 @@ from rlhf_lightning.cli import main
 from rlhf_lightning.commands import chat
 from rlhf_lightning.commands.quiet import HarmlessFormatter
 from rlhf_lightning.errors import UserError, harmless
-from rlhf_lightning.evaluation.report import line_chart, print_table, render, write_report
+from rlhf_lightning.evaluation.charts import line_chart
+from rlhf_lightning.evaluation.report import print_report, render, write_report
 from rlhf_lightning.modules.showing import Sample
 
 TEXTS = {
@@ -227,7 +228,7 @@ def test_charts_draw_text_as_text():
 @pytest.mark.parametrize("name", ["script", "clears the screen", "half a pair", "rich markup", "overwrites the line"])
 def test_the_report_is_written_and_its_table_printed(name, tmp_path, capsys):
     text = TEXTS[name]
-    write_report(report_of(text), tmp_path, [])
+    write_report(report_of(text), tmp_path, {})
     assert json.loads((tmp_path / "report.json").read_text())["samples"][0]["prompt"] == text
     assert harmless(text)[:3] in (tmp_path / "report" / "index.html").read_text().replace("&lt;", "<")
     shown = capsys.readouterr().out
@@ -236,7 +237,7 @@ def test_the_report_is_written_and_its_table_printed(name, tmp_path, capsys):
 
 
 def test_rich_markup_in_a_name_is_neither_obeyed_nor_lost(capsys):
-    print_table(report_of("[b]x[/b]"))
+    print_report(report_of("[b]x[/b]"))
     assert capsys.readouterr().out.count("[b]x[/b]") == 3  # as the name of a policy, of a threshold and of a time
 
 
