@@ -161,14 +161,10 @@ def terminal_table(report: dict[str, Any]) -> Figures:
     condition, reward = main_condition(report) or "", reward_of(report)
     caption = f"{reward['name']}; {condition_title(report, condition).lower()}; ± is half of a 95 % interval"
     table = policy_table(report, condition, caption, half_width)
-    others = [
-        Column(
-            title,
-            None,
-            [half_width(parts.get(where, {}).get(reward["figure"])) for parts in report["policies"].values()],
-        )
-        for where, title in (("held_out/greedy", "greedy"), ("ood/sampled", "OOD"))
-    ]
+    others: list[Column] = []
+    for where, title in (("held_out/greedy", "greedy"), ("ood/sampled", "OOD")):
+        values = [parts.get(where, {}).get(reward["figure"]) for parts in report["policies"].values()]
+        others.append(Column(title, None, [number(value["mean"]) if value else "" for value in values]))
     kept = [column for column in table.columns if column.title in ("win rate", "gap closed", "KL, nats")]
     first = [column._replace(title="reward") for column in table.columns if column.title == reward["name"]]
     return _kept(table._replace(columns=[*first, *others, *kept]))

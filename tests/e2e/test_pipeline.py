@@ -61,7 +61,15 @@ def test_every_stage_leaves_its_run_and_a_report_is_written(small):
             assert (folder / "run" / stage / name).is_file(), f"{stage}/{name}"
     assert "report:" in printed
     page = (folder / "run" / "report" / "index.html").read_text()
-    assert page.count("<svg") >= 8
+    assert page.count("<svg") >= 9
+    report = json.loads((folder / "run" / "report.json").read_text())
+    assert report["title"] == "From a clone to an aligned model"  # of the pipeline's file
+    assert report["headline"].startswith(("ppo raised the gold reward", "dpo raised the gold reward"))
+    assert report["headline"].split(" (")[0] in " ".join(printed.split())
+    for stage in report["stages"]:
+        assert stage["command"].startswith("python -m rlhf_lightning fit --config configs/quickstart/")
+        assert (folder / "run" / stage["name"] / "config.yaml").read_text().splitlines()[-1].strip() in page
+    assert len(report["thresholds"]) >= 10
     assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#)|url\((?!#)|@import""", page)  # nothing is fetched
 
 
@@ -90,6 +98,27 @@ def test_other_settings_in_the_same_folder_are_refused(small):
     assert done.returncode == 2
     assert "other settings" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_required_threshold_that_is_missed_is_an_error_after_the_report(small):
+    folder, _ = small
+    plan = yaml.safe_load((folder / "pipeline.yaml").read_text())
+    wins = {"figure": "comparisons:ppo:held_out/sampled:win_rate:mean", "low": 1.01, "name": "wins more than always"}
+    plan["report"] = {"title": "Of my own", "thresholds": [wins], "require_thresholds": True}
+    plan["evaluation"]["init_args"] |= {"prompts": 4, "best_of_samples": 0}
+    (folder / "strict.yaml").write_text(yaml.safe_dump(plan))
+    files = [folder / "run" / name for name in ("report.json", "report/index.html")]
+    before = [file.read_bytes() for file in files]
+    done = run("pipeline", "--config", str(folder / "strict.yaml"))
+    page = files[1].read_text()
+    for file, content in zip(files, before, strict=True):  # other tests read them
+        file.write_bytes(content)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "error: seed 0: thresholds missed: wins more than always; the report is complete"
+    )
+    assert "<h1>Of my own</h1>" in page
+    assert "1 of 1 thresholds missed" in page
 
 
 def test_the_exported_policy_is_plain_transformers(small):

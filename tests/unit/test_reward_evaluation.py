@@ -13,9 +13,12 @@ from rlhf_lightning.generation.native import NativeEngine
 from rlhf_lightning.models.export import export_folder
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
 from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.rewards.composite import WeightedRewards
 from rlhf_lightning.rewards.function import FunctionReward
+from rlhf_lightning.rewards.maths import MathReward
 from rlhf_lightning.rewards.reward_model import RewardModelReward
-from rlhf_lightning.worlds import world_tokenizer
+from rlhf_lightning.rewards.world import GoldReward
+from rlhf_lightning.worlds import HHHWorld, world_tokenizer
 
 WIDTH, SURE, LONGEST = 16, 50.0, 3
 FIELDS = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
@@ -188,3 +191,68 @@ def test_a_reward_that_fails_is_an_error_and_no_zero(source, exports):
 def test_folders_are_told_apart_by_what_they_hold(exports):
     policies, reward_models = by_task(exports)
     assert (list(policies), list(reward_models)) == (["sft", "ppo"], ["reward"])
+
+
+def test_the_gain_over_the_first_policy_and_how_it_was_measured_are_reported(source, exports):
+    report = evaluated(source, exports, FunctionReward(words))
+    assert report["comparisons"]["ppo"]["held_out/sampled"]["gain"] == always(3.0)
+    assert report["conditions"] == {
+        "held_out/sampled": {"prompts": 3, "distinct": 3, "samples": 2, "sampling": "sampled at temperature 1"}
+    }
+    kl = report["policies"]["ppo"]["held_out/sampled"]["kl_interval"]
+    assert (kl["low"], kl["high"]) == pytest.approx((LONGEST * SURE, LONGEST * SURE), rel=1e-5)
+
+
+def test_other_sampling_is_named_in_the_heading(source, exports):
+    sampling = SamplingParameters(LONGEST, temperature=0.5, top_p=0.9)
+    report = evaluated(source, exports, FunctionReward(words), sampling=sampling)
+    assert report["conditions"]["held_out/sampled"]["sampling"] == "sampled at temperature 0.5, top_p 0.9"
+
+
+def test_prompts_that_come_more_than_once_do_not_narrow_the_intervals(tmp_path, exports):
+    """Ten copies of three prompts know no more than the three: scores 0, 1, 2 by prompt for "sft"."""
+
+    def by_prompt(prompts, completions):
+        rank = {text: float(i) for i, text in enumerate(PROMPTS)}
+        mine = [rank[prompt[-1]["content"]] for prompt in prompts]
+        return [1.0 if c[-1]["content"] else m for c, m in zip(completions, mine, strict=True)]
+
+    from rlhf_lightning.data.sources import FileSource
+
+    found = []
+    for copies in (1, 10):
+        rows = [{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS] * copies
+        train, held_out = tmp_path / f"train_{copies}.jsonl", tmp_path / f"held_out_{copies}.jsonl"
+        train.write_text(json.dumps({"prompt": [{"role": "user", "content": "hello ?"}]}) + "\n")
+        held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        report = evaluated(FileSource(str(train), str(held_out)), exports, FunctionReward(by_prompt))
+        compared = report["comparisons"]["ppo"]["held_out/sampled"]
+        found.append([report["policies"]["sft"]["held_out/sampled"]["score"], compared["gain"], compared["win_rate"]])
+        assert report["conditions"]["held_out/sampled"]["distinct"] == 3
+    once, repeated = found
+    assert [value["high"] - value["low"] > 0.5 for value in once] == [True, True, True]
+    for a, b in zip(once, repeated, strict=True):
+        assert a == pytest.approx(b)
+
+
+def brevity(completions):
+    return [-float(len(messages[-1]["content"])) for messages in completions]
+
+
+def test_the_reward_is_named_by_what_it_is(source, exports):
+    def named(reward):
+        return evaluated(source, exports, reward, prompts=1)["reward"]
+
+    own = named(None)
+    assert (own["figure"], own["name"]) == ("score", "reward model's score")
+    assert 'stage "reward"' in own["about"]
+    given = named(RewardModelReward(str(exports["reward"])))
+    assert given == {"figure": "score", "name": "reward model's score"}  # not known to be what policies were trained on
+    assert named(FunctionReward(brevity))["name"] == "reward brevity"
+    weighted = WeightedRewards([RewardModelReward(str(exports["reward"])), FunctionReward(brevity)], [1.0, 0.1])
+    assert named(weighted)["name"] == "weighted reward (1 x reward_model + 0.1 x brevity)"
+
+
+def test_a_reward_class_that_is_called_reward_is_not_called_so_twice():
+    assert MathReward().title == "MathReward"
+    assert GoldReward(HHHWorld()).title == "gold reward"
