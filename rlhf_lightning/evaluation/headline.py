@@ -50,7 +50,7 @@ def headline(report: dict[str, Any]) -> str | None:
     if won := compared.get("win_rate"):
         sentence += f", winning {percent(won)} of comparisons with {base}"
     if len(others) > 1:
-        sentence += f", {where}. It is the best of the {len(others)} policies compared with {base}."
+        sentence += f", {where}. It has the highest mean of the {len(others)} policies compared with {base}."
         return sentence
     return f"{sentence}, {where}."
 

@@ -22,7 +22,7 @@ from rlhf_lightning import __version__
 from rlhf_lightning.errors import harmless
 from rlhf_lightning.evaluation.charts import reward_against_kl, stage_curves
 from rlhf_lightning.evaluation.glossary import anchor, explained
-from rlhf_lightning.evaluation.headline import headline, main_condition, reward_of
+from rlhf_lightning.evaluation.headline import headline, main_condition, number, reward_of
 from rlhf_lightning.evaluation.tables import condition_title, detail_tables, terminal_table
 from rlhf_lightning.evaluation.thresholds import Threshold, check_thresholds, in_words
 from rlhf_lightning.models.export import replace_file
@@ -132,7 +132,7 @@ def render(report: dict[str, Any], curves: dict[str, list[Markup]], configs: dic
         lstrip_blocks=True,
         finalize=lambda value: harmless(value) if type(value) is str else value,
     )
-    environment.globals |= {"anchor": anchor, "in_words": in_words}
+    environment.globals |= {"anchor": anchor, "in_words": in_words, "number": number}
     tables = detail_tables(report)
     condition = main_condition(report)
     return environment.get_template("report.html").render(
@@ -191,7 +191,7 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(table)
     for check in report.get("thresholds", []):
         mark = "[green]met   [/]" if check["met"] else "[red]missed[/]"
-        value = "not measured" if check["value"] is None else f"{check['value']:.3f}"
+        value = "not measured" if check["value"] is None else number(check["value"], 3)
         console.print(f"{mark} {escape(harmless(check['name']))}: {value} ({in_words(check)})")
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items())
     console.print(Text(harmless(f"seconds: {seconds}")))

@@ -82,8 +82,12 @@ def kind_table(report: dict[str, Any], condition: str) -> Figures:
     """Reward by kind of prompt."""
     rows = {name: parts.get(condition, {}).get("by_kind", {}) for name, parts in report["policies"].items()}
     kinds = list(dict.fromkeys(kind for by_kind in rows.values() for kind in by_kind))
-    columns = [Column(kind, None, [interval(by_kind.get(kind)) for by_kind in rows.values()]) for kind in kinds]
-    return _kept(Figures(f"{reward_of(report)['name']} by kind of prompt", "policy", list(rows), columns))
+    columns = [Column(kind, None, [half_width(by_kind.get(kind)) for by_kind in rows.values()]) for kind in kinds]
+    return _kept(
+        Figures(
+            f"{reward_of(report)['name']} by kind of prompt, ± half of the 95 % interval", "policy", list(rows), columns
+        )
+    )
 
 
 def behaviour_table(report: dict[str, Any], condition: str) -> Figures:

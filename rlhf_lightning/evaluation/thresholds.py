@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.evaluation.headline import MINUS
 
 ABOUT_POLICIES = ("policies", "comparisons")  # parts of report.json with an entry for each policy
 
@@ -84,5 +85,7 @@ def check_thresholds(
 def in_words(check: dict[str, Any]) -> str:
     """The bounds of a checked threshold: "at least 0.1, at most 0.5"."""
     return ", ".join(
-        f"{words} {check[key]:g}" for key, words in (("low", "at least"), ("high", "at most")) if key in check
+        f"{words} {check[key]:g}".replace("-", MINUS)
+        for key, words in (("low", "at least"), ("high", "at most"))
+        if key in check
     )
