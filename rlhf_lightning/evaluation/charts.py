@@ -37,7 +37,7 @@ COLOURS = (
     "#1590a0",
 )  # contrast of 3 and more on white and on black
 STYLES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P")  # colour is never the only difference
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": ["sans-serif"],
     "font.sans-serif": ["DejaVu Sans"],  # what matplotlib measures with; the page replaces it
@@ -85,7 +85,7 @@ def line_chart(title: str, series: dict[str, Series]) -> Markup:
         axes = figure.add_subplot()
         for i, (name, (steps, values)) in enumerate(series.items()):
             few = "o" if len(steps) < 5 else None
-            look = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)]}
+            look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)]}
             axes.plot(steps, values, marker=few, markersize=4, linewidth=1.6, label=harmless(name), **look)
         axes.set_title(harmless(title), fontsize=10)
         axes.set_xlabel("optimizer step", fontsize=8.5)
@@ -138,7 +138,7 @@ def _with_bars(value: dict[str, float]) -> tuple[float, list[list[float]]]:
 
 def _label(axes: Axes, places: dict[str, tuple[float, float]]) -> None:
     """Write each name beside its point, where it covers neither a point nor another name."""
-    canvas: Any = axes.figure.canvas  # type: ignore[union-attr]
+    canvas: Any = axes.figure.canvas
     canvas.figure.draw_without_rendering()
     at = {name: axes.transData.transform(xy) for name, xy in places.items()}
     scale = canvas.figure.dpi / 72

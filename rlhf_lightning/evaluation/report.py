@@ -163,7 +163,7 @@ def main_figure(report: dict[str, Any]) -> Markup | None:
 
 def _terms(report: dict[str, Any], columns: list[str | None]) -> set[str]:
     """Terms that occur in the page."""
-    conditions = next(iter(report.get("policies", {}).values()), {})
+    conditions: dict[str, Any] = next(iter(report.get("policies", {}).values()), {})
     found = {term for term in columns if term}
     for condition in conditions:
         split, _, mode = condition.partition("/")

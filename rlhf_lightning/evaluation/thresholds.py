@@ -70,7 +70,7 @@ def check_thresholds(
         report: What was measured.
         skip_missing: Drop thresholds whose figure the report lacks. Otherwise they are missed, without a value.
     """
-    checked = []
+    checked: list[dict[str, Any]] = []
     for threshold in thresholds:
         value = threshold.value(report)
         if value is None and skip_missing:
@@ -78,7 +78,7 @@ def check_thresholds(
         met = value is not None and all(
             value >= bound if name == "low" else value <= bound for name, bound in threshold.bounds.items()
         )
-        checked.append({"name": threshold.name or threshold.figure, "value": value, "met": met} | threshold.bounds)
+        checked.append({"name": threshold.name or threshold.figure, "value": value, "met": met, **threshold.bounds})
     return checked
 
 
