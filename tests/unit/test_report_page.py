@@ -319,7 +319,7 @@ def test_command_config_seed_versions_and_hardware_are_shown(tmp_path):
     (tmp_path / "ppo" / "config.yaml").write_text("model:\n  beta: <0.125>\n")
     page = page_of(own(sft=0.0, ppo=0.8) | {"evaluation": {"class": "RewardEvaluation"}}, tmp_path)
     assert page.count("command and config</summary>") == 2
-    for text in (*COMMANDS.values(), "beta: &lt;0.125&gt;", "Seed 3.", "torch ", "threads", "RewardEvaluation"):
+    for text in (*COMMANDS.values(), "beta: &lt;0.125&gt;", "Seed 3.", "torch ", " processors, ", "RewardEvaluation"):
         assert text in page, text
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["stages"] == [{"name": name, "command": command} for name, command in COMMANDS.items()]
