@@ -218,7 +218,7 @@ def test_overlays_never_change_the_method(file):
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "recipes").glob("own_*.yaml")), ids=name)
 def test_recipes_for_own_data_are_short(file):
-    assert len(file.read_text().splitlines()) <= 15
+    assert len(file.read_text().splitlines()) <= (15 if is_of_fit(file) else 35)  # a pipeline has four stages
 
 
 @pytest.mark.parametrize("key", ["--model.init_args.beta", "--trainer.max_stepz", "--nonsense"])
