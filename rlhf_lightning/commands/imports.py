@@ -19,7 +19,6 @@ import yaml
 from jsonargparse import Namespace, set_parsing_settings
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.rewards.function import module_from_file
 
 FLAG = "--import"
 PACKAGES = (
@@ -77,6 +76,24 @@ def take_imports(args: list[str]) -> list[str]:
     Raises:
         UserError: If something can't be imported.
     """
+    rest = read_imports(args)
+    for name in POLICY.given:
+        import_given(name)
+    return rest
+
+
+def read_imports(args: list[str]) -> list[str]:
+    """Read the ``--import`` flags off a command line and allow imports of the packages alone; nothing is imported.
+
+    Args:
+        args: As typed, the command first.
+
+    Returns:
+        The other arguments.
+
+    Raises:
+        UserError: If a flag has no value.
+    """
     rest, given = [], []
     words = iter(args)
     for word in words:
@@ -95,8 +112,6 @@ def take_imports(args: list[str]) -> list[str]:
         instantiate_subclass_spec_in_any=False,
     )
     POLICY.given, POLICY.files, POLICY.on = tuple(given), files, True
-    for name in given:
-        import_given(name)
     return rest
 
 
@@ -121,6 +136,8 @@ def import_given(name: str) -> None:
             raise UserError(f"{FLAG} {name}: {error}") from error
         set_parsing_settings(import_path_allowlist=[name])
         return
+    from rlhf_lightning.rewards.function import module_from_file  # not above: it needs torch
+
     module = module_from_file(name)
     set_parsing_settings(import_path_allowlist=[module.__name__])
 

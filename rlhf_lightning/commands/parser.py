@@ -1,11 +1,10 @@
 """Parsers whose complaints are one line, like all others here."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, _typehints
-from lightning.pytorch.cli import LightningArgumentParser
 
 from rlhf_lightning.commands.imports import denied
 from rlhf_lightning.commands.typed_keys import explained
@@ -36,18 +35,23 @@ class ParserError(UserError):
         self.message = message
 
 
-class CommandParser(ArgumentParser):
-    """For the commands beside the Trainer's."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise users_mistake(ex) or denied(str(message)) or ParserError(str(message)) from ex
-
-
-class TrainerParser(LightningArgumentParser):
-    """For fit, validate, test and predict."""
+class OneLineErrors(ArgumentParser):
+    """A parser that raises what it finds wrong as a :class:`UserError`."""
 
     def error(self, message: Any, ex: Exception | None = None) -> NoReturn:
         raise users_mistake(ex) or denied(str(message)) or ParserError(str(message)) from ex
+
+
+class CommandParser(OneLineErrors):
+    """For the commands beside the Trainer's."""
+
+
+def command_parser(name: str, function: Callable[..., Any]) -> CommandParser:
+    """The parser of a command that is a typed function."""
+    parser = CommandParser(prog=f"rlhf_lightning {name}", description=(function.__doc__ or "").split("\n")[0])
+    parser.add_argument("-c", "--config", action="config", help="Path to a configuration file.")
+    parser.add_function_arguments(function, fail_untyped=True, sub_configs=True)
+    return parser
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.data.files import READABLE, ReadOptions, load_path, root_cause
+from rlhf_lightning.data.files import ReadOptions, load_path, root_cause
+from rlhf_lightning.data.paths import existing, is_path
 from rlhf_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -165,27 +166,9 @@ def as_source(source: str | Dataset | DatasetDict | Source) -> Source:
         return DatasetSource(source)
     if Path(source).expanduser().exists():
         return FileSource(source)
-    owner, _, name = source.partition("/")
-    if not (owner and name) or "/" in name or source.startswith((".", "~")) or looks_like_file(name):
+    if is_path(source):
         existing(source)
     return HubSource(source)
-
-
-def looks_like_file(name: str) -> bool:
-    """Whether a name ends as data files do."""
-    return name.lower().endswith((*READABLE, ".gz"))
-
-
-def existing(path: str) -> Path:
-    """The path.
-
-    Raises:
-        UserError: If nothing is there.
-    """
-    expanded = Path(path).expanduser()
-    if not expanded.exists():
-        raise UserError(f"{path} does not exist (working directory {Path.cwd()}); a hub dataset is named 'owner/name'")
-    return expanded
 
 
 def name_splits(splits: DatasetDict, origin: str) -> DatasetDict:
