@@ -116,8 +116,7 @@ class Line(CommandLine):
         self.typed = list(typed_keys(args))
         self.known: dict[str, Parameter | None] = {}
         self.open: set[str] = set()  # keys below which everything is left to the parser
-        for key, parameter in roots(command):
-            self._add(key, parameter, DEPTH)
+        self._explore(everywhere=False)
 
     @property
     def keys(self) -> list[str]:
@@ -137,6 +136,7 @@ class Line(CommandLine):
         """
         for typed in self.typed:
             if not self._may_be_known(typed):
+                self._explore(everywhere=True)  # for suggestions
                 raise UserError(self.unknown(typed.name) or f"{typed.place} is not a key")
         parser = CommandParser()
         for typed in self.typed:
@@ -183,12 +183,20 @@ class Line(CommandLine):
         if len(set(given)) == 1 and is_path(given[0]) and ("/" in given[0] or looks_like_file(given[0])):
             existing(given[0])
 
+    def _explore(self, everywhere: bool) -> None:
+        """Collect the accepted keys: all of them, or only those on the way to keys that were typed, which is faster."""
+        self.everywhere = everywhere
+        for key, parameter in roots(self.command):
+            self._add(key, parameter, DEPTH)
+
     def _add(self, key: str, parameter: Parameter | None, depth: int) -> None:
         """Accept a key and the keys below it."""
         parts = key.split(".")
         for end in range(1, len(parts)):
             self.known.setdefault(".".join(parts[:end]), None)
         self.known.setdefault(key, parameter)
+        if not self.everywhere and not any(typed.name.startswith(f"{key}.") for typed in self.typed):
+            return
         classes = self._classes(key, parameter) if depth else None
         if classes is None:
             self.open.add(key)

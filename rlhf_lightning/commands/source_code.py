@@ -143,22 +143,15 @@ def parameters(found: Found) -> list[Parameter] | None:
     """Arguments of a function or of a class's constructor; None where a part of them is not in the source."""
     here, node = found
     if isinstance(node, ast.FunctionDef):
-        return _arguments(here, node.args)
+        return None if node.args.kwarg else _arguments(here, node.args)
     if not isinstance(node, ast.ClassDef):
         return None
     for statement in node.body:
         if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
-            inner = _arguments(here, statement.args)
-            return None if inner is None else inner[1:]
-    inherited: dict[str, Parameter] = {}
-    for base in node.bases:
-        path = here.path_of(base)
-        if path in ("abc.ABC", "typing.Generic", "typing.Protocol"):
-            continue
-        above = find(path)
-        if above is None or (theirs := parameters(above)) is None:
-            return None
-        inherited = {p.name: p for p in theirs} | inherited
+            return _of_constructor(found, statement)
+    inherited = _of_bases(found)
+    if inherited is None:
+        return None
     if not is_dataclass(found):
         return list(inherited.values())
     for statement in node.body:
@@ -168,13 +161,44 @@ def parameters(found: Found) -> list[Parameter] | None:
     return list(inherited.values())
 
 
+def _of_bases(found: Found) -> dict[str, Parameter] | None:
+    """Arguments that a class inherits, by name."""
+    inherited: dict[str, Parameter] = {}
+    for base in found.node.bases if isinstance(found.node, ast.ClassDef) else []:
+        path = found.module.path_of(base)
+        if path in ("abc.ABC", "typing.Generic", "typing.Protocol"):
+            continue
+        above = find(path)
+        if above is None or (theirs := parameters(above)) is None:
+            return None
+        inherited = {p.name: p for p in theirs} | inherited
+    return inherited
+
+
+def _of_constructor(found: Found, init: ast.FunctionDef) -> list[Parameter] | None:
+    """Arguments of ``__init__``; what it passes on as ``**kwargs`` to that of its base are the base's."""
+    rest = init.args.kwarg
+    own = _arguments(found.module, init.args)
+    if own is None or rest is None:
+        return None if own is None else own[1:]
+    for call in ast.walk(init):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "super().__init__":
+            passed = any(word.arg is None and ast.unparse(word.value) == rest.arg for word in call.keywords)
+            inherited = _of_bases(found) if passed else None
+            if inherited is None:
+                return None
+            given = {*list(inherited)[: len(call.args)], *(word.arg for word in call.keywords)}
+            return own[1:] + [p for name, p in inherited.items() if name not in given]
+    return None
+
+
 def _is_field(statement: ast.AnnAssign) -> bool:
     keywords = statement.value.keywords if isinstance(statement.value, ast.Call) else []
     return "ClassVar" not in ast.unparse(statement.annotation) and not any(word.arg == "init" for word in keywords)
 
 
 def _arguments(here: Module, given: ast.arguments) -> list[Parameter] | None:
-    if given.vararg or given.kwarg:
+    if given.vararg:
         return None
     positional = [*given.posonlyargs, *given.args]
     defaults = [*[None] * (len(positional) - len(given.defaults)), *given.defaults, *given.kw_defaults]

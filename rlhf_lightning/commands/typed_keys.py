@@ -115,6 +115,10 @@ def typed_keys(args: Sequence[str]) -> Iterator[Typed]:
             where = getattr(error, "problem_mark", None)
             line = f", line {where.line + 1}" if where is not None else ""
             raise UserError(f"{file}{line}: {getattr(error, 'problem', None) or error}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not a text file in UTF-8; give a YAML file") from error
+        except RecursionError as error:
+            raise UserError(f"{file}: lists or mappings are nested too deep") from error
 
 
 def _inside(value: Any, prefix: str, file: str | None) -> Iterator[Typed]:
