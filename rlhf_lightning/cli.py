@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from jsonargparse import ArgumentParser
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -69,6 +70,7 @@ class RLHFCLI(LightningCLI):
     """LightningCLI with a run folder that holds everything, loggers that need no account, and an export at the end."""
 
     run_folder: RunFolder
+    typed: tuple[ArgumentParser, list[str]]  # the parser of the command, and the command line without it
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -82,7 +84,8 @@ class RLHFCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         command, *rest = args
-        with keys_as_typed(self._subcommand_parsers.get(command, parser), rest):
+        self.typed = self._subcommand_parsers.get(command, parser), rest
+        with keys_as_typed(*self.typed):
             super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
@@ -124,7 +127,7 @@ class RLHFCLI(LightningCLI):
         return True
 
     def instantiate_classes(self) -> None:
-        with users_mistakes():
+        with users_mistakes(*self.typed):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -178,7 +181,7 @@ class BuildOnly(RLHFCLI):
         check_imports(self.config[self.subcommand])
 
     def instantiate_classes(self) -> None:
-        with users_mistakes():
+        with users_mistakes(*self.typed):
             self.built = self.parser.instantiate_classes(self.config)[self.subcommand]
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -229,7 +232,7 @@ def run_command(name: str, args: list[str]) -> None:
     with keys_as_typed(parser, args):
         parsed = parser.parse_args(args)
     check_imports(parsed)
-    with users_mistakes():
+    with users_mistakes(parser, args):
         init = parser.instantiate_classes(parsed)
     init.pop("config", None)
     function_(**init)

@@ -172,28 +172,28 @@ CALLBACKS = "trainer:\n  callbacks:\n  - class_path: EarlyStopping\n    init_arg
     [
         (
             SFT_YAML.format("sampling: {temprature: 0.5}"),
-            "model.init_args.sampling.temprature is not a key; did you mean model.init_args.sampling.temperature?",
+            "5, model.init_args.sampling.temprature is not a key; did you mean model.init_args.sampling.temperature?",
         ),
-        (SFT_YAML.format("sampling: {top_k: 1e1}"), "model.init_args.sampling.top_k: '1e1' is not a whole number"),
-        (SFT_YAML.format("polcy: 1"), "model.init_args.polcy is not a key; did you mean model.init_args.policy?"),
+        (SFT_YAML.format("sampling: {top_k: 1e1}"), "5, model.init_args.sampling.top_k: '1e1' is not a whole number"),
+        (SFT_YAML.format("polcy: 1"), "5, model.init_args.polcy is not a key; did you mean model.init_args.policy?"),
         (
             SFT_YAML.format("sampling: {engine: {class_path: TransformersEngine, init_args: {batching: true}}}"),
-            "model.init_args.sampling.engine.init_args.batching is not a key; did you mean "
+            "5, model.init_args.sampling.engine.init_args.batching is not a key; did you mean "
             "model.init_args.sampling.engine.init_args.continuous_batching?",
         ),
-        ("modle: 1\n", "modle is not a key; did you mean model?"),
-        ("trainer: {max_step: 1}\n", "trainer.max_step is not a key; did you mean trainer.max_steps?"),
+        ("modle: 1\n", "1, modle is not a key; did you mean model?"),
+        ("trainer: {max_step: 1}\n", "1, trainer.max_step is not a key; did you mean trainer.max_steps?"),
         (
             CALLBACKS + "  - class_path: LearningRateMonitor\n    init_args: {monitor: y}\n",
-            "trainer.callbacks.1.init_args.monitor is not a key of the class that is given there",
+            "6, trainer.callbacks.1.init_args.monitor is not a key of the class that is given there",
         ),
         (
             CALLBACKS.replace("x}", "x, patience: long}"),
-            "trainer.callbacks.0.init_args.patience: 'long' is not a whole number",
+            "4, trainer.callbacks.0.init_args.patience: 'long' is not a whole number",
         ),
         (
             CALLBACKS.replace("EarlyStopping", "lightning.pytorch.callbacks.EarlyStoping"),
-            "trainer.callbacks.0.class_path: 'lightning.pytorch.callbacks.EarlyStoping' is not a class that fits here; did "
+            "3, trainer.callbacks.0.class_path: 'lightning.pytorch.callbacks.EarlyStoping' is not a class that fits here; did "
             "you mean EarlyStopping?",
         ),
     ],
@@ -202,7 +202,7 @@ def test_in_a_config_file_the_file_is_named_too(tmp_path, error_of, text, said):
     file = tmp_path / "run.yaml"
     file.write_text(text)
     command = ["fit", "-c", str(file), *WORLD] if "SFTModule" in text else ["fit", "-c", str(file), *SFT[1:], *WORLD]
-    assert error_of(*command) == f"error: {file}, {said}"
+    assert error_of(*command) == f"error: {file}:{said}"
 
 
 def test_a_flag_wins_over_a_file_and_is_the_one_that_is_named(tmp_path, error_of):
@@ -216,13 +216,13 @@ def test_other_commands_and_their_lists(tmp_path, capsys):
     file = tmp_path / "pipeline.yaml"
     file.write_text("output: o\nstages:\n- {name: a, config: [x.yaml]}\n- {name: b, confg: [x.yaml]}\n")
     said = refused(capsys, "pipeline", "-c", str(file))
-    assert said == f"error: {file}, stages.1.confg is not a key; did you mean stages.1.config?"
+    assert said == f"error: {file}:4, stages.1.confg is not a key; did you mean stages.1.config?"
 
 
 def test_a_file_that_is_no_yaml_is_named_with_its_line(tmp_path, error_of):
     file = tmp_path / "broken.yaml"
     file.write_text("trainer:\n  max_steps: [1\nmodel: x\n")
-    assert error_of("fit", "-c", str(file)).startswith(f"error: {file}, line 3: ")
+    assert error_of("fit", "-c", str(file)).startswith(f"error: {file}:3: ")
     assert "none.yaml" in error_of("fit", "-c", "none.yaml")
 
 
