@@ -32,6 +32,7 @@ from rlhf_lightning.commands.chat import chat
 from rlhf_lightning.commands.export import export
 from rlhf_lightning.commands.fixed_points import fixed_points
 from rlhf_lightning.commands.ground_truth import ground_truth
+from rlhf_lightning.commands.help_page import help_page, wants_help
 from rlhf_lightning.commands.imports import FLAG, POLICY, check_checkpoint, check_imports, take_imports
 from rlhf_lightning.commands.parser import CommandParser, TrainerParser, keys_as_typed, one_line, users_mistakes
 from rlhf_lightning.commands.pipeline import pipeline
@@ -85,6 +86,9 @@ class RLHFCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         command, *rest = args
         self.typed = self._subcommand_parsers.get(command, parser), rest
+        if wants_help(rest):
+            print(help_page(command, *self.typed))
+            raise SystemExit(0)
         with keys_as_typed(*self.typed):
             super().parse_arguments(parser, args)
 
@@ -229,6 +233,9 @@ def run_command(name: str, args: list[str]) -> None:
     parser = CommandParser(prog=f"rlhf_lightning {name}", description=(function_.__doc__ or "").split("\n")[0])
     parser.add_argument("-c", "--config", action="config", help="Path to a configuration file.")
     parser.add_function_arguments(function_, fail_untyped=True, sub_configs=True)
+    if wants_help(args):
+        print(help_page(name, parser, args))
+        raise SystemExit(0)
     with keys_as_typed(parser, args):
         parsed = parser.parse_args(args)
     check_imports(parsed)

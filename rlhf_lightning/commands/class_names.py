@@ -7,14 +7,20 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+# Modules whose classes are types of values, such as Path, and what the command line or other classes build.
+NEVER_NAMED = ("builtins", "pathlib", "datetime", "collections", "typing")
+BUILT_BY_COMMANDS = ("rlhf_lightning.callbacks.", "rlhf_lightning.commands.")
+BUILT_BY_CLASSES = ("GuardedReward", "Iteration", "Members", "AcceleratedOptimizer", "RowsDataModule", "DatasetSource")
 SUFFIXES = ("DataModule", "Module", "Loss", "Reward", "Source", "Callback", "Logger", "Strategy", "Engine", "LR")
 
 
 def classes_in(kind: Any) -> list[type]:
-    """The classes in a type hint, such as a union, a list, or a callable that returns one."""
+    """The classes in a type hint that a config may name: in a union, a list, or what a callable returns."""
     if isinstance(kind, type) and not typing.get_args(kind):
-        return [] if kind.__module__ == "builtins" else [kind]
-    parts = [part for arg in typing.get_args(kind) for part in (arg if isinstance(arg, list) else [arg])]
+        return [] if kind.__module__.partition(".")[0] in NEVER_NAMED or kind.__module__ == "torch" else [kind]
+    parts = typing.get_args(kind)
+    if getattr(typing.get_origin(kind), "__name__", "") == "Callable":
+        parts = parts[-1:]
     return list(dict.fromkeys(cls for part in parts for cls in classes_in(part)))
 
 
@@ -28,8 +34,19 @@ def subclasses(base: type) -> Iterator[type]:
 
 def fitting_names(bases: Sequence[type]) -> list[str]:
     """Names of the loaded classes that a key with these base classes takes."""
-    found = {cls.__name__ for base in bases for cls in subclasses(base) if not inspect.isabstract(cls)}
-    return sorted(name for name in found if not name.startswith("_"))
+    found = {cls for base in bases for cls in subclasses(base) if not inspect.isabstract(cls) and is_choice(cls)}
+    return sorted({cls.__name__ for cls in found - {base for base in bases if not is_ours(base)}})
+
+
+def is_choice(cls: type) -> bool:
+    """Whether a config is meant to name a class: not what the command line or another class builds itself."""
+    internal = cls.__module__.startswith(BUILT_BY_COMMANDS) or cls.__name__ in BUILT_BY_CLASSES
+    return not internal and not cls.__name__.startswith(("_", "Base"))
+
+
+def is_ours(cls: type) -> bool:
+    """Whether a class is of this package."""
+    return cls.__module__.startswith("rlhf_lightning.")
 
 
 def nearest_class(value: str, names: Sequence[str]) -> str | None:

@@ -120,15 +120,9 @@ def _inside(node: yaml.Node | None, prefix: str, file: str | None, around: tuple
 
 
 def _text(node: yaml.Node) -> str:
-    return node.value if isinstance(node, yaml.ScalarNode) else yaml.serialize(_flow(node), width=10**6).strip()
-
-
-def _flow(node: yaml.Node) -> yaml.Node:
-    """The node, written on one line."""
-    if isinstance(node, yaml.CollectionNode):
-        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
-        if node.flow_style is not True:
-            node.flow_style = True
-            for part in parts:
-                _flow(part)
-    return node
+    """A value as it would be written on one line."""
+    if isinstance(node, yaml.MappingNode):
+        return f"{{{', '.join(f'{_text(key)}: {_text(part)}' for key, part in node.value)}}}"
+    if isinstance(node, yaml.SequenceNode):
+        return f"[{', '.join(_text(part) for part in node.value)}]"
+    return str(node.value)

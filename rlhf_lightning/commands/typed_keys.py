@@ -131,7 +131,7 @@ class CommandLine:
         owner, _, rest = key.key.rpartition(".init_args.")
         named = {t.value for t in self.typed if owner and t.file == key.file and t.key == f"{owner}.class_path"}
         for cls in named_classes(named, self.bases(plain_key(owner))):
-            return plain_key(rest) in {name for name, _, _ in _keys_and_types(_parser_of(cls), [])}
+            return plain_key(rest) in {name for name, _, _ in _keys_and_types(parser_of(cls), [])}
         return True
 
     def bad_value(self, end: str, message: str) -> str | None:
@@ -245,7 +245,7 @@ def _keys_and_types(
         yield key, kind or getattr(action, "basetype", None), action.default
         chosen = _chosen(key, kind, action.default, typed)
         for cls in chosen if depth else ():
-            yield from _keys_and_types(_parser_of(cls), typed, f"{key}.", depth - 1)
+            yield from _keys_and_types(parser_of(cls), typed, f"{key}.", depth - 1)
 
 
 def _chosen(key: str, kind: Any, default: Any, typed: list[Typed]) -> list[type]:
@@ -261,7 +261,7 @@ def _chosen(key: str, kind: Any, default: Any, typed: list[Typed]) -> list[type]
     return found or [base for base in bases if dataclasses.is_dataclass(base)]
 
 
-def _parser_of(cls: type) -> ArgumentParser:
+def parser_of(cls: type) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, fail_untyped=False)
     return parser
