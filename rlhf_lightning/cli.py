@@ -8,6 +8,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import lightning.pytorch as pl
+from jsonargparse import ArgumentParser
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -26,6 +27,7 @@ from rlhf_lightning.callbacks.progress import RunProgress
 from rlhf_lightning.callbacks.run_state import RunState
 from rlhf_lightning.commands import registry
 from rlhf_lightning.commands.early import answered
+from rlhf_lightning.commands.help_page import help_page, wants_help
 from rlhf_lightning.commands.imports import FLAG, POLICY, check_checkpoint, check_imports, take_imports
 from rlhf_lightning.commands.parser import OneLineErrors, command_parser, keys_as_typed, one_line, users_mistakes
 from rlhf_lightning.commands.quiet import be_quiet
@@ -59,6 +61,7 @@ class RLHFCLI(LightningCLI):
     """LightningCLI with a run folder that holds everything, loggers that need no account, and an export at the end."""
 
     run_folder: RunFolder
+    typed: tuple[ArgumentParser, list[str]]  # the parser of the command, and the command line without it
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name, flag in RUN_FLAGS.items():
@@ -68,7 +71,11 @@ class RLHFCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         command, *rest = args
-        with keys_as_typed(self._subcommand_parsers.get(command, parser), rest):
+        self.typed = self._subcommand_parsers.get(command, parser), rest
+        if wants_help(rest):
+            print(help_page(command, *self.typed))
+            raise SystemExit(0)
+        with keys_as_typed(*self.typed):
             super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
@@ -110,7 +117,7 @@ class RLHFCLI(LightningCLI):
         return True
 
     def instantiate_classes(self) -> None:
-        with users_mistakes():
+        with users_mistakes(*self.typed):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -164,7 +171,7 @@ class BuildOnly(RLHFCLI):
         check_imports(self.config[self.subcommand])
 
     def instantiate_classes(self) -> None:
-        with users_mistakes():
+        with users_mistakes(*self.typed):
             self.built = self.parser.instantiate_classes(self.config)[self.subcommand]
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -210,10 +217,13 @@ def run_command(name: str, args: list[str]) -> None:
     """Run a command that is not a Trainer loop; its YAML and flags look the same."""
     function_ = COMMANDS[name]
     parser = command_parser(name, function_)
+    if wants_help(args):
+        print(help_page(name, parser, args))
+        raise SystemExit(0)
     with keys_as_typed(parser, args):
         parsed = parser.parse_args(args)
     check_imports(parsed)
-    with users_mistakes():
+    with users_mistakes(parser, args):
         init = parser.instantiate_classes(parsed)
     init.pop("config", None)
     function_(**init)

@@ -15,10 +15,12 @@ import yaml
 from jsonargparse import Path as CheckedPath
 
 from rlhf_lightning.commands import registry, source_code
+from rlhf_lightning.commands.config_lines import Typed, typed_keys
+from rlhf_lightning.commands.help_page import help_page, wants_help
 from rlhf_lightning.commands.imports import PACKAGES, POLICY, read_imports, under
 from rlhf_lightning.commands.parser import CommandParser, ParserError, command_parser, keys_as_typed
 from rlhf_lightning.commands.source_code import Found, Parameter
-from rlhf_lightning.commands.typed_keys import DEPTH, NO_KEYS, CommandLine, Typed, typed_keys
+from rlhf_lightning.commands.typed_keys import DEPTH, NO_KEYS, CommandLine
 from rlhf_lightning.data.paths import existing, is_path, looks_like_file
 from rlhf_lightning.errors import UserError
 
@@ -56,6 +58,9 @@ def answered(args: Sequence[str]) -> bool:
     check_configs(words[1:asks])
     if name in registry.COMMANDS and (function := source_code.stand_in(registry.COMMANDS[name])) is not None:
         parser = command_parser(name, function)
+        if wants_help(words[1:]):
+            print(help_page(name, parser, words[1:]))
+            return True
         with keys_as_typed(parser, words[1:]):
             parser.parse_args(words[1:])
     elif asks == len(words):
@@ -124,8 +129,13 @@ class Line(CommandLine):
         return list(self.known)
 
     @property
+    def actions(self) -> list[tuple[str, Any, Any]]:
+        """Every accepted key; type hints and defaults would need imports."""
+        return [(key, None, None) for key in self.known]
+
+    @property
     def types(self) -> list[tuple[str, Any]]:
-        """Every accepted key; type hints would need imports."""
+        """Every accepted key."""
         return [(key, None) for key in self.known]
 
     def check(self) -> None:

@@ -11,13 +11,12 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace, set_parsing_settings
 
+from rlhf_lightning.commands.config_lines import config_files, keys_of_file
 from rlhf_lightning.errors import UserError
 
 FLAG = "--import"
@@ -115,14 +114,6 @@ def read_imports(args: list[str]) -> list[str]:
     return rest
 
 
-def config_files(args: list[str]) -> Iterator[str]:
-    """What stands behind ``-c`` and ``--config``."""
-    for flag, following in pairwise([*args, ""]):
-        name, equals, value = flag.partition("=")
-        if name in ("-c", "--config") and Path(file := value if equals else following).is_file():
-            yield file
-
-
 def import_given(name: str) -> None:
     """Import a module by name, or a file, whose stem is then a module that class paths reach."""
     if not is_file(name):
@@ -204,11 +195,11 @@ def refusal(where: str) -> str:
 
 
 def place(value: str) -> str:
-    """The config file and key that hold a value."""
+    """The config file, line and key that hold a value."""
     for file, path in POLICY.files.items():
-        for key, found in walk(yaml.safe_load(path.read_text())):
-            if found == value:
-                return f"{file}, {key}"
+        for typed in keys_of_file(str(path)):
+            if typed.value == value:
+                return typed._replace(file=file if typed.file == str(path) else typed.file).place
     return "command line"
 
 

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, _typehints
 
+from rlhf_lightning.commands.constructor_errors import located
 from rlhf_lightning.commands.imports import denied
 from rlhf_lightning.commands.typed_keys import explained
 from rlhf_lightning.errors import UserError
@@ -68,15 +69,26 @@ def keys_as_typed(parser: ArgumentParser, args: Sequence[str]) -> Iterator[None]
         if (better := explained(error.message, args, parser)) is not None:
             raise UserError(better) from error
         raise
+    except (UserError, ValueError) as error:  # of a constructor, which parsing calls for some
+        if (mistake := located(error, parser, args)) is not None:
+            raise mistake from error
+        raise
 
 
 @contextmanager
-def users_mistakes() -> Iterator[None]:
-    """Instantiating classes from a config: jsonargparse wraps what a constructor raises; unwrap it."""
+def users_mistakes(parser: ArgumentParser, args: Sequence[str]) -> Iterator[None]:
+    """Instantiating classes from a config: errors of constructors name the key, file and line.
+
+    Args:
+        parser: That of the command.
+        args: The command line, without the command.
+    """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException  # not above: it needs torch
+
     try:
         yield
-    except (ValueError, TypeError) as error:
-        if (mistake := users_mistake(error)) is not None:
+    except (UserError, ValueError, TypeError, MisconfigurationException) as error:
+        if (mistake := located(error, parser, args) or users_mistake(error)) is not None:
             raise mistake from None
         raise
 

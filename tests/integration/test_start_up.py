@@ -60,8 +60,8 @@ def broken(tmp_path_factory):
         (["fitt"], 2, ("usage: ", "'fitt' is not a command")),
         *(([name, "-c", "none.yaml"], 2, ("-c: File does not exist: ", "none.yaml")) for name in COMMANDS),
         (["fit", "--config=none.yaml", "--trainer.max_steps", "1"], 2, ("none.yaml",)),
-        (["fit", "-c", "BROKEN"], 2, ("broken.yaml", "line 3")),
-        (["pipeline", "-c", "BROKEN"], 2, ("broken.yaml", "line 3")),
+        (["fit", "-c", "BROKEN"], 2, ("broken.yaml:3",)),
+        (["pipeline", "-c", "BROKEN"], 2, ("broken.yaml:3",)),
         (["fit", *SFT, "--modle.lr", "1"], 2, ("--modle.lr is not a key",)),
         (["fit", *PPO, "--model.reward.pth", "x"], 2, ("--model.reward.pth is not a key", "path")),
         (["fit", *SFT, "--data.splt", "1"], 2, ("--data.splt is not a key; did you mean --data.split?",)),
@@ -144,7 +144,7 @@ def test_what_may_be_right_is_left_to_the_parser(args, monkeypatch):
 def test_a_config_that_is_no_text_is_one_line(tmp_path):
     (tmp_path / "weights.yaml").write_bytes(b"\xff\xfe\x00PK")
     (tmp_path / "deep.yaml").write_text("[" * 100_000)
-    with pytest.raises(UserError, match=r"weights.yaml is not a text file in UTF-8"):
+    with pytest.raises(UserError, match=r"weights.yaml.*UTF-8"):
         answered(["fit", "-c", str(tmp_path / "weights.yaml")])
-    with pytest.raises(UserError, match=r"deep.yaml: .*nested too deep"):
+    with pytest.raises(UserError, match=r"deep.yaml.*nested"):
         answered(["fit", "-c", str(tmp_path / "deep.yaml")])
