@@ -4,9 +4,11 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from pkgutil import resolve_name
+from typing import Any
 
 import lightning.pytorch as pl
+from jsonargparse import ArgumentParser
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -15,28 +17,22 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_lightning import losses, modules, rewards, rollouts, worlds  # noqa: F401  (short class names in YAML)
 from rlhf_lightning.callbacks.checkpoint_file import LAST, WholeFiles, check_sound
-from rlhf_lightning.callbacks.export import ExportAtEnd
 from rlhf_lightning.callbacks.final_validation import FinalValidation
-from rlhf_lightning.callbacks.heartbeat import Heartbeat, lost_ranks
+from rlhf_lightning.callbacks.heartbeat import lost_ranks
 from rlhf_lightning.callbacks.kept_training import SaveBeforeMeasuring, kept_training
 from rlhf_lightning.callbacks.loggers import continue_wandb, run_loggers, wandb_logger
 from rlhf_lightning.callbacks.metrics_file import RunMetrics
 from rlhf_lightning.callbacks.predictions import PredictionLines
 from rlhf_lightning.callbacks.progress import RunProgress
-from rlhf_lightning.callbacks.run_checkpoint import RunCheckpoint
 from rlhf_lightning.callbacks.run_state import RunState
-from rlhf_lightning.callbacks.samples import SampleTable
-from rlhf_lightning.commands.average import average
-from rlhf_lightning.commands.chat import chat
-from rlhf_lightning.commands.export import export
-from rlhf_lightning.commands.fixed_points import fixed_points
-from rlhf_lightning.commands.ground_truth import ground_truth
+from rlhf_lightning.commands import registry
+from rlhf_lightning.commands.early import answered
+from rlhf_lightning.commands.help_page import help_page, wants_help
 from rlhf_lightning.commands.imports import FLAG, POLICY, check_checkpoint, check_imports, take_imports
-from rlhf_lightning.commands.parser import CommandParser, TrainerParser, keys_as_typed, one_line, users_mistakes
-from rlhf_lightning.commands.pipeline import pipeline
+from rlhf_lightning.commands.parser import OneLineErrors, command_parser, keys_as_typed, one_line, users_mistakes
 from rlhf_lightning.commands.quiet import be_quiet
+from rlhf_lightning.commands.registry import RUN_CLASSES, RUN_FLAGS, TRAINER_COMMANDS
 from rlhf_lightning.commands.run_folder import ForgetFailedStart, RunFolder, SaveRunConfig, first_process
-from rlhf_lightning.commands.sample import sample
 from rlhf_lightning.data import message_trees  # noqa: F401
 from rlhf_lightning.data.corrupted_steps import CorruptedSteps  # noqa: F401
 from rlhf_lightning.data.demonstrations import DemonstrationDataModule  # noqa: F401
@@ -46,43 +42,40 @@ from rlhf_lightning.data.prompts import PromptDataModule  # noqa: F401
 from rlhf_lightning.data.rankings import RankingDataModule  # noqa: F401
 from rlhf_lightning.data.stepwise import StepwiseDataModule  # noqa: F401
 from rlhf_lightning.data.unpaired import UnpairedDataModule  # noqa: F401
-from rlhf_lightning.errors import RunStopped, UserError, harmless
+from rlhf_lightning.errors import RunStopped, UserError, reported
 from rlhf_lightning.evaluation import evaluation  # noqa: F401
 from rlhf_lightning.generation import native, transformers_engine, vllm_engine, vllm_server  # noqa: F401
 from rlhf_lightning.modules import strategies, tensor_parallel, zero  # noqa: F401
 from rlhf_lightning.rewards import composite, ensemble, function, judge, process, reward_model, world  # noqa: F401
 from rlhf_lightning.rollouts import advantages, group_advantages, kl_control, selection  # noqa: F401
 
-TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "pipeline": pipeline,
-    "export": export,
-    "chat": chat,
-    "average": average,
-    "sample": sample,
-    "fixed-points": fixed_points,
-}
-FIT_COMMANDS: dict[str, Callable[..., None]] = {"ground-truth": ground_truth}  # take the files and flags of fit
+COMMANDS: dict[str, Callable[..., Any]] = {name: resolve_name(path) for name, path in registry.COMMANDS.items()}
+FIT_COMMANDS: dict[str, Callable[..., None]] = {n: resolve_name(path) for n, path in registry.FIT_COMMANDS.items()}
+
+
+class TrainerParser(OneLineErrors, LightningArgumentParser):
+    """For fit, validate, test and predict."""
 
 
 class RLHFCLI(LightningCLI):
     """LightningCLI with a run folder that holds everything, loggers that need no account, and an export at the end."""
 
     run_folder: RunFolder
+    typed: tuple[ArgumentParser, list[str]]  # the parser of the command, and the command line without it
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--wandb", type=Literal["offline", "online", "disabled"], default="offline", help="Where W&B metrics go."
-        )
-        parser.add_argument("--overwrite", type=bool, default=False, help="Replace the run that the folder holds.")
-        parser.add_lightning_class_args(SampleTable, "samples")
-        parser.add_lightning_class_args(ExportAtEnd, "export")
-        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(Heartbeat, "heartbeat")
+        for name, flag in RUN_FLAGS.items():
+            parser.add_argument(f"--{name}", **flag)
+        for key, path in RUN_CLASSES.items():
+            parser.add_lightning_class_args(resolve_name(path), key)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         command, *rest = args
-        with keys_as_typed(self._subcommand_parsers.get(command, parser), rest):
+        self.typed = self._subcommand_parsers.get(command, parser), rest
+        if wants_help(rest):
+            print(help_page(command, *self.typed))
+            raise SystemExit(0)
+        with keys_as_typed(*self.typed):
             super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
@@ -124,7 +117,7 @@ class RLHFCLI(LightningCLI):
         return True
 
     def instantiate_classes(self) -> None:
-        with users_mistakes():
+        with users_mistakes(*self.typed):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -178,7 +171,7 @@ class BuildOnly(RLHFCLI):
         check_imports(self.config[self.subcommand])
 
     def instantiate_classes(self) -> None:
-        with users_mistakes():
+        with users_mistakes(*self.typed):
             self.built = self.parser.instantiate_classes(self.config)[self.subcommand]
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -223,38 +216,48 @@ def run_trainer(args: list[str], kind: type[RLHFCLI] = RLHFCLI) -> RLHFCLI:
 def run_command(name: str, args: list[str]) -> None:
     """Run a command that is not a Trainer loop; its YAML and flags look the same."""
     function_ = COMMANDS[name]
-    parser = CommandParser(prog=f"rlhf_lightning {name}", description=(function_.__doc__ or "").split("\n")[0])
-    parser.add_argument("-c", "--config", action="config", help="Path to a configuration file.")
-    parser.add_function_arguments(function_, fail_untyped=True, sub_configs=True)
+    parser = command_parser(name, function_)
+    if wants_help(args):
+        print(help_page(name, parser, args))
+        raise SystemExit(0)
     with keys_as_typed(parser, args):
         parsed = parser.parse_args(args)
     check_imports(parsed)
-    with users_mistakes():
+    with users_mistakes(parser, args):
         init = parser.instantiate_classes(parsed)
     init.pop("config", None)
     function_(**init)
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point: exit code 0, or 2 and one line for a user's mistake."""
+    """Entry point of Python code: exit code 0, or 2 and one line for a user's mistake."""
     args = list(sys.argv[1:] if args is None else args)
+    with reported():
+        if answered(args):
+            return
+    run(args)
+
+
+def run(args: list[str]) -> None:
+    """Run a command line that :func:`.answered` has left something of.
+
+    Args:
+        args: As typed, the command first.
+    """
     be_quiet()
-    try:
-        args = take_imports(args)
-        if args and args[0] in COMMANDS:
-            run_command(args[0], args[1:])
-        elif args and args[0] in TRAINER_COMMANDS:
-            run_trainer(args)
-        elif args and args[0] in FIT_COMMANDS:
-            FIT_COMMANDS[args[0]](args[1:], build_fit)
-        else:
-            _usage(args)
-    except RunStopped as stop:
-        _say_how_to_go_on(str(stop), args)
-    except (UserError, MisconfigurationException) as error:
-        lines = error.lines if isinstance(error, UserError) else [harmless(one_line(str(error)))]
-        print("error: " + "\n".join(lines), file=sys.stderr)
-        raise SystemExit(2) from None
+    with reported():
+        try:
+            name, *rest = take_imports(args)
+            if name in COMMANDS:
+                run_command(name, rest)
+            elif name in FIT_COMMANDS:
+                FIT_COMMANDS[name](rest, build_fit)
+            else:
+                run_trainer([name, *rest])
+        except RunStopped as stop:
+            _say_how_to_go_on(str(stop), args)
+        except MisconfigurationException as error:
+            raise UserError(one_line(str(error))) from error
 
 
 @rank_zero_only
@@ -269,17 +272,6 @@ def without_option(args: list[str], name: str) -> list[str]:
     """A command line without an option and its value, written with a blank or with an equals sign."""
     pairs = zip(["", *args], args, strict=False)
     return [word for before, word in pairs if name not in (before, word) and not word.startswith(f"{name}=")]
-
-
-def _usage(args: list[str]) -> None:
-    print("usage: python -m rlhf_lightning COMMAND [-c CONFIG ...] [--KEY VALUE ...]\n")
-    for name in TRAINER_COMMANDS:
-        print(f"  {name:<12} {(getattr(pl.Trainer, name).__doc__ or '').strip().splitlines()[0]}")
-    for name, function_ in (COMMANDS | FIT_COMMANDS).items():
-        print(f"  {name:<12} {(function_.__doc__ or '').strip().splitlines()[0]}")
-    print("\nCOMMAND --help lists its keys. --import MODULE (or FILE.py), here alone, lets a config use what is in it.")
-    if args not in ([], ["-h"], ["--help"]):
-        raise UserError(f"{args[0]!r} is not a command")
 
 
 def _short_name(class_path: str) -> str:

@@ -1,5 +1,8 @@
 """The one exception that a user's mistake raises, at whatever depth it is found, and text that is safe to show."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -17,6 +20,16 @@ class UserError(Exception):
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, ...]]:
         """Between processes, the lines stay apart."""
         return type(self), tuple(self.lines)
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Print a :class:`UserError` to stderr, without a traceback, and exit with code 2."""
+    try:
+        yield
+    except UserError as error:
+        print("error: " + "\n".join(error.lines), file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 class RunStopped(Exception):

@@ -11,15 +11,13 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace, set_parsing_settings
 
+from rlhf_lightning.commands.config_lines import config_files, keys_of_file
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.rewards.function import module_from_file
 
 FLAG = "--import"
 PACKAGES = (
@@ -77,6 +75,24 @@ def take_imports(args: list[str]) -> list[str]:
     Raises:
         UserError: If something can't be imported.
     """
+    rest = read_imports(args)
+    for name in POLICY.given:
+        import_given(name)
+    return rest
+
+
+def read_imports(args: list[str]) -> list[str]:
+    """Read the ``--import`` flags off a command line and allow imports of the packages alone; nothing is imported.
+
+    Args:
+        args: As typed, the command first.
+
+    Returns:
+        The other arguments.
+
+    Raises:
+        UserError: If a flag has no value.
+    """
     rest, given = [], []
     words = iter(args)
     for word in words:
@@ -95,17 +111,7 @@ def take_imports(args: list[str]) -> list[str]:
         instantiate_subclass_spec_in_any=False,
     )
     POLICY.given, POLICY.files, POLICY.on = tuple(given), files, True
-    for name in given:
-        import_given(name)
     return rest
-
-
-def config_files(args: list[str]) -> Iterator[str]:
-    """What stands behind ``-c`` and ``--config``."""
-    for flag, following in pairwise([*args, ""]):
-        name, equals, value = flag.partition("=")
-        if name in ("-c", "--config") and Path(file := value if equals else following).is_file():
-            yield file
 
 
 def import_given(name: str) -> None:
@@ -121,6 +127,8 @@ def import_given(name: str) -> None:
             raise UserError(f"{FLAG} {name}: {error}") from error
         set_parsing_settings(import_path_allowlist=[name])
         return
+    from rlhf_lightning.rewards.function import module_from_file  # not above: it needs torch
+
     module = module_from_file(name)
     set_parsing_settings(import_path_allowlist=[module.__name__])
 
@@ -187,11 +195,11 @@ def refusal(where: str) -> str:
 
 
 def place(value: str) -> str:
-    """The config file and key that hold a value."""
+    """The config file, line and key that hold a value."""
     for file, path in POLICY.files.items():
-        for key, found in walk(yaml.safe_load(path.read_text())):
-            if found == value:
-                return f"{file}, {key}"
+        for typed in keys_of_file(str(path)):
+            if typed.value == value:
+                return typed._replace(file=file if typed.file == str(path) else typed.file).place
     return "command line"
 
 

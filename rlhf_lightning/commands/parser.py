@@ -1,12 +1,12 @@
 """Parsers whose complaints are one line, like all others here."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, _typehints
-from lightning.pytorch.cli import LightningArgumentParser
 
+from rlhf_lightning.commands.constructor_errors import located
 from rlhf_lightning.commands.imports import denied
 from rlhf_lightning.commands.typed_keys import explained
 from rlhf_lightning.errors import UserError
@@ -36,18 +36,23 @@ class ParserError(UserError):
         self.message = message
 
 
-class CommandParser(ArgumentParser):
-    """For the commands beside the Trainer's."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise users_mistake(ex) or denied(str(message)) or ParserError(str(message)) from ex
-
-
-class TrainerParser(LightningArgumentParser):
-    """For fit, validate, test and predict."""
+class OneLineErrors(ArgumentParser):
+    """A parser that raises what it finds wrong as a :class:`UserError`."""
 
     def error(self, message: Any, ex: Exception | None = None) -> NoReturn:
         raise users_mistake(ex) or denied(str(message)) or ParserError(str(message)) from ex
+
+
+class CommandParser(OneLineErrors):
+    """For the commands beside the Trainer's."""
+
+
+def command_parser(name: str, function: Callable[..., Any]) -> CommandParser:
+    """The parser of a command that is a typed function."""
+    parser = CommandParser(prog=f"rlhf_lightning {name}", description=(function.__doc__ or "").split("\n")[0])
+    parser.add_argument("-c", "--config", action="config", help="Path to a configuration file.")
+    parser.add_function_arguments(function, fail_untyped=True, sub_configs=True)
+    return parser
 
 
 @contextmanager
@@ -64,15 +69,26 @@ def keys_as_typed(parser: ArgumentParser, args: Sequence[str]) -> Iterator[None]
         if (better := explained(error.message, args, parser)) is not None:
             raise UserError(better) from error
         raise
+    except (UserError, ValueError) as error:  # of a constructor, which parsing calls for some
+        if (mistake := located(error, parser, args)) is not None:
+            raise mistake from error
+        raise
 
 
 @contextmanager
-def users_mistakes() -> Iterator[None]:
-    """Instantiating classes from a config: jsonargparse wraps what a constructor raises; unwrap it."""
+def users_mistakes(parser: ArgumentParser, args: Sequence[str]) -> Iterator[None]:
+    """Instantiating classes from a config: errors of constructors name the key, file and line.
+
+    Args:
+        parser: That of the command.
+        args: The command line, without the command.
+    """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException  # not above: it needs torch
+
     try:
         yield
-    except (ValueError, TypeError) as error:
-        if (mistake := users_mistake(error)) is not None:
+    except (UserError, ValueError, TypeError, MisconfigurationException) as error:
+        if (mistake := located(error, parser, args) or users_mistake(error)) is not None:
             raise mistake from None
         raise
 

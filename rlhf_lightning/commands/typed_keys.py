@@ -5,20 +5,26 @@ user typed ``--model.optimizer.lr``. Here the end is looked up among the flags a
 """
 
 import dataclasses
+import inspect
 import re
 import sys
-import typing
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from functools import cached_property
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 
-from rlhf_lightning.commands.imports import config_files, walk
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.commands.class_names import (
+    classes_in,
+    fitting_names,
+    imported,
+    loaded_names,
+    named_classes,
+    nearest_class,
+    subclasses,
+)
+from rlhf_lightning.commands.config_lines import Typed, plain_key, typed_keys
 
 UNKNOWN = re.compile(
     r"unrecognized arguments: --(?P<flag>[^\s=]+)"
@@ -30,38 +36,19 @@ NO_VALUE = re.compile(r"argument --(?P<flag>[^\s:]+): expected one argument")
 BAD_VALUE = re.compile(r'Parser key "(?P<key>[^"]+)"')
 MISSING = re.compile(r"the following arguments are required: (?P<keys>.+)|Key \"(?P<key>[^\"]+)\" is required")
 COMMAND = re.compile(r"^(fit|validate|test|predict)\.")
-NO_CLASS = ("dot import path string", "Problem with given class_path", "Not a valid subclass", "Import path")
+NO_CLASS = (
+    "dot import path string",
+    "Problem with given class_path",
+    "Not a valid subclass",
+    "Import path",
+    "has no attribute",
+    "an instantiatable class",
+)
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "list": "a list", "dict": "a mapping"}
 KINDS |= {"NoneType": "null", "str": "text"}
 DEPTH = 8  # levels of nested classes
 NO_KEYS = ("help", "config", "subcommand", "print_config", "print_shtab")
-MANY = 20  # keys are not listed beyond this
-
-
-class Typed(NamedTuple):
-    """A key with its value, both as typed; ``file`` is the config file that holds them, None on the command line."""
-
-    key: str
-    value: str
-    file: str | None
-
-    @property
-    def place(self) -> str:
-        """The key as the user finds it."""
-        return f"--{self.key}" if self.file is None else f"{self.file}, {self.key}"
-
-    @property
-    def name(self) -> str:
-        """The key as it is on the command line, without the levels that only files have."""
-        return plain_key(self.key)
-
-
-def plain_key(key: str) -> str:
-    """A dotted key without ``init_args``, ``class_path`` and the indices of lists."""
-    parts = [
-        p for p in key.rstrip("+").split(".") if p not in ("init_args", "dict_kwargs", "class_path") and not p.isdigit()
-    ]
-    return ".".join(parts)
+MANY, MANY_CLASSES = 20, 30  # keys and classes are not listed beyond this
 
 
 def explained(message: str, args: Sequence[str], parser: ArgumentParser) -> str | None:
@@ -80,8 +67,8 @@ def explained(message: str, args: Sequence[str], parser: ArgumentParser) -> str 
     """
     line = CommandLine(args, parser)
     if found := MISSING.search(message):
-        keys = (found["keys"] or found["key"]).split(", ")
-        flags = ", ".join(f"--{COMMAND.sub('', key)}" for key in keys)
+        keys = [line.required(COMMAND.sub("", key)) for key in (found["keys"] or found["key"]).split(", ")]
+        flags = ", ".join(f"--{key}" for key in keys)
         return f"{flags} {'is' if len(keys) == 1 else 'are'} required; give it as a flag or in a config file"
     if found := UNKNOWN.search(message):
         end = found["flag"] or found["short"] or found["member"] or found["option"]
@@ -94,36 +81,6 @@ def explained(message: str, args: Sequence[str], parser: ArgumentParser) -> str 
     return None
 
 
-def typed_keys(args: Sequence[str]) -> Iterator[Typed]:
-    """Every key of a command line and of its config files, also those inside a value that is a mapping or a list."""
-    for flag, following in pairwise([*args, "--"]):
-        if not flag.startswith("--") or flag == "--":
-            continue
-        key, equals, value = flag[2:].partition("=")
-        value = value if equals else "" if following.startswith("--") else following
-        yield Typed(key, value, None)
-        if value[:1] in ("{", "["):
-            try:
-                yield from _inside(yaml.load(value, yaml.BaseLoader), key, None)  # makes text only
-            except yaml.YAMLError:
-                continue  # jsonargparse takes it for text too
-    for file in config_files(list(args)):
-        try:
-            with open(file, encoding="utf-8") as text:
-                yield from _inside(yaml.load(text, yaml.BaseLoader), "", file)
-        except yaml.YAMLError as error:
-            where = getattr(error, "problem_mark", None)
-            line = f", line {where.line + 1}" if where is not None else ""
-            raise UserError(f"{file}{line}: {getattr(error, 'problem', None) or error}") from error
-
-
-def _inside(value: Any, prefix: str, file: str | None) -> Iterator[Typed]:
-    for key, part in walk(value):
-        if key:
-            text = part if isinstance(part, str) else yaml.dump(part, default_flow_style=True, width=10**6).strip()
-            yield Typed(f"{prefix}.{key}".lstrip("."), text, file)
-
-
 class CommandLine:
     """What was typed for a command, and which keys the command accepts with the classes that were chosen."""
 
@@ -134,7 +91,12 @@ class CommandLine:
     @cached_property
     def types(self) -> list[tuple[str, Any]]:
         """Every accepted key with its type hint; None for a group of keys."""
-        return list(dict.fromkeys(_keys_and_types(self.parser, self.typed)))
+        return list(dict.fromkeys((key, kind) for key, kind, _ in self.actions))
+
+    @cached_property
+    def actions(self) -> list[tuple[str, Any, Any]]:
+        """Every accepted key with its type hint and its default."""
+        return list(_keys_and_types(self.parser, self.typed))
 
     @cached_property
     def keys(self) -> list[str]:
@@ -175,8 +137,8 @@ class CommandLine:
         """Whether the class that is named beside a key has it; true where none is named."""
         owner, _, rest = key.key.rpartition(".init_args.")
         named = {t.value for t in self.typed if owner and t.file == key.file and t.key == f"{owner}.class_path"}
-        for cls in _named_classes(named, self.bases(plain_key(owner))):
-            return plain_key(rest) in {name for name, _ in _keys_and_types(_parser_of(cls), [])}
+        for cls in named_classes(named, self.bases(plain_key(owner))):
+            return plain_key(rest) in {name for name, _, _ in _keys_and_types(parser_of(cls), [])}
         return True
 
     def bad_value(self, end: str, message: str) -> str | None:
@@ -187,23 +149,63 @@ class CommandLine:
         meant = self.ending(end)
         if not meant:
             return None
-        first = next((t for t in meant if t.value and t.value in message), meant[0])
+        quoted = [t for t in meant if t.value and t.value in message]
+        first = next((t for t in quoted if t.value[0] not in "[{"), (quoted or meant)[0])
         start = f"{first.place}: {first.value!r} is not"
         if choices := re.findall(r"Literal\[(.+?)\]", message):
             names = list(dict.fromkeys(choice.strip(" '\"") for choice in ",".join(choices).split(",")))
             others = " or a list" if "<class 'list'>" in message else ""
             return f"{start} one of {', '.join(names)}{others}{_hint(first.value, names)}"
         of_class = any(sign in message for sign in NO_CLASS)
-        names = (
-            sorted({cls.__name__ for base in self.bases(first.name) for cls in _subclasses(base)}) if of_class else []
-        )
-        hint = _hint(first.value, names)
+        better, listed = self.class_instead(first) if of_class else ("", "")
         kinds = re.findall(r"Expected an? <class '(\w+)'>|Subtypes: \[(.+)\]", message)
         inner = [name for one, several in kinds for name in [one, *re.findall(r"(\w+)'?>", several)] if name in KINDS]
         wanted = sorted({KINDS[name] for name in inner}, key=lambda kind: (kind == KINDS["NoneType"], kind))
-        if set(wanted) - {KINDS["NoneType"]} and not hint:
+        if set(wanted) - {KINDS["NoneType"]} and not better:
             return f"{start} {' or '.join(wanted)}"
-        return f"{start} a class that fits here{hint}" if of_class else f"{first.place}: {reason}"
+        if "Unable to load config" in message and (inside := self.inside(first.name)):
+            return f"{start} a mapping of {', '.join(inside)}"
+        return f"{start} a class that fits here{better or listed}" if of_class else f"{first.place}: {reason}"
+
+    def class_instead(self, typed: Typed) -> tuple[str, str]:
+        """What to give for a class that does not fit: the nearest one or what to write; and all that do, if they are few."""
+        bases, module = self.bases(typed.name), sys.modules.get(typed.value.rpartition(".")[0])
+        names = fitting_names(bases)
+        listed = f"; these do: {', '.join(names)}" if 0 < len(names) <= MANY_CLASSES else ""
+        if (cls := imported(typed.value)) is not None and bases:
+            from rlhf_lightning.losses.checks import abstract_methods, contract  # not above: it needs torch
+
+            lacking = f"; it has no {', '.join(abstract_methods(cls))}" if inspect.isabstract(cls) else ""
+            return f"{lacking}; {contract(bases[0])}", listed
+        own = [name for name, x in vars(module).items() if isinstance(x, type)] if module else []
+        if (near := nearest_class(typed.value, own)) and near not in names:
+            return f"; did you mean {typed.value.rpartition('.')[0]}.{near}?", listed
+        if typed.value not in loaded_names() and (near := nearest_class(typed.value, names)):
+            return f"; did you mean {near}?", listed
+        return "", listed
+
+    def inside(self, key: str) -> list[str]:
+        """The accepted keys directly below a key."""
+        return [name.rpartition(".")[2] for name in self.keys if name.rpartition(".")[0] == key]
+
+    def required(self, end: str) -> str:
+        """The full key of one that a class requires and that was not typed."""
+        typed = {t.name for t in self.typed}
+        missing = [key for key in self.keys if f".{key}".endswith(f".{end}") and key not in typed]
+        return min((key for key in missing if key.rpartition(".")[0] in ("", *typed)), key=len, default=end)
+
+    def chosen(self, key: str) -> list[type]:
+        """The classes that a key has with what was typed."""
+        return [
+            cls
+            for name, kind, default in self.actions
+            if name == key
+            for cls in _chosen(key, kind, default, self.typed)
+        ]
+
+    def keys_of(self, cls: type) -> list[str]:
+        """The keys that have this class with what was typed."""
+        return [key for key in self.keys if cls in self.chosen(key)]
 
 
 def _as_typed(name: str, like: Typed) -> str:
@@ -246,18 +248,18 @@ def _hint(value: str, names: Sequence[str]) -> str:
 
 def _keys_and_types(
     parser: ArgumentParser, typed: list[Typed], prefix: str = "", depth: int = DEPTH
-) -> Iterator[tuple[str, Any]]:
+) -> Iterator[tuple[str, Any, Any]]:
     for action in parser._actions:
         if action.dest in (NO_KEYS if not prefix else ("help",)) or action.dest.endswith(".help"):
             continue
         key = prefix + action.dest
         parts = key.split(".")
-        yield from ((".".join(parts[:end]), None) for end in range(1, len(parts)))
+        yield from ((".".join(parts[:end]), None, None) for end in range(1, len(parts)))
         kind = getattr(action, "_typehint", None)
-        yield key, kind
+        yield key, kind or getattr(action, "basetype", None), action.default
         chosen = _chosen(key, kind, action.default, typed)
         for cls in chosen if depth else ():
-            yield from _keys_and_types(_parser_of(cls), typed, f"{key}.", depth - 1)
+            yield from _keys_and_types(parser_of(cls), typed, f"{key}.", depth - 1)
 
 
 def _chosen(key: str, kind: Any, default: Any, typed: list[Typed]) -> list[type]:
@@ -265,43 +267,15 @@ def _chosen(key: str, kind: Any, default: Any, typed: list[Typed]) -> list[type]
     bases = classes_in(kind)
     named = {t.value for t in typed if t.name == key}
     found = [
-        cls for base in bases for cls in _subclasses(base) if named & {cls.__name__, f"{cls.__module__}.{cls.__name__}"}
+        cls for base in bases for cls in subclasses(base) if named & {cls.__name__, f"{cls.__module__}.{cls.__name__}"}
     ]
-    found += [cls for path in named if "." in path and (cls := _imported(path)) and cls not in found]
+    found += [cls for path in named if "." in path and (cls := imported(path)) and cls not in found]
     if not found and dataclasses.is_dataclass(default) and type(default) in bases:
         found = [type(default)]
     return found or [base for base in bases if dataclasses.is_dataclass(base)]
 
 
-def _named_classes(names: set[str], bases: Sequence[type]) -> list[type]:
-    """Classes with these names or import paths, the short names among the subclasses of ``bases``."""
-    found = [cls for base in bases for cls in _subclasses(base) if cls.__name__ in names]
-    return list(dict.fromkeys(found + [cls for name in names if (cls := _imported(name))]))
-
-
-def _parser_of(cls: type) -> ArgumentParser:
+def parser_of(cls: type) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, fail_untyped=False)
     return parser
-
-
-def classes_in(kind: Any) -> list[type]:
-    """The classes in a type hint, such as a union, a list, or a callable that returns one."""
-    if isinstance(kind, type) and not typing.get_args(kind):
-        return [] if kind.__module__ == "builtins" else [kind]
-    parts = [part for arg in typing.get_args(kind) for part in (arg if isinstance(arg, list) else [arg])]
-    return list(dict.fromkeys(cls for part in parts for cls in classes_in(part)))
-
-
-def _subclasses(base: type) -> Iterator[type]:
-    yield base
-    below: list[type] = type.__subclasses__(base)
-    for cls in below:
-        yield from _subclasses(cls)
-
-
-def _imported(path: str) -> type | None:
-    """The class of an import path whose module is loaded: nothing is imported for the sake of an error message."""
-    module, _, name = path.rpartition(".")
-    cls: Any = getattr(sys.modules.get(module), name, None)
-    return cls if isinstance(cls, type) else None

@@ -17,25 +17,12 @@ from datasets.exceptions import DatasetsError
 from rlhf_lightning.data.cache import cache_folder, cached_rows
 from rlhf_lightning.data.csv_files import read_csv
 from rlhf_lightning.data.json_files import read_json
+from rlhf_lightning.data.paths import KINDS, READABLE
 from rlhf_lightning.data.rows import Row
 from rlhf_lightning.data.tables import from_rows as from_rows
 from rlhf_lightning.data.text_files import read_stories
 from rlhf_lightning.errors import UserError
 
-KINDS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".json.gz": "json",
-    ".jsonl.gz": "json",
-    ".csv": "csv",
-    ".csv.gz": "csv",
-    ".tsv": "csv",
-    ".tsv.gz": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
-}
-READABLE = tuple(KINDS)
 # What is raised over a damaged file, or one whose columns hold values that do not go together.
 LOADER_ERRORS = (
     DatasetsError,

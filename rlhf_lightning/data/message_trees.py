@@ -8,8 +8,9 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 from rlhf_lightning.data.messages import Message
+from rlhf_lightning.data.paths import existing
 from rlhf_lightning.data.rows import Row
-from rlhf_lightning.data.sources import Kind, Source, existing
+from rlhf_lightning.data.sources import Kind, Source
 from rlhf_lightning.errors import UserError
 
 ROLES = {"prompter": "user", "assistant": "assistant"}

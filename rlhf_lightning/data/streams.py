@@ -11,11 +11,12 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, Features
 from datasets.table import table_cast
 
-from rlhf_lightning.data.files import KINDS, LOADER_ERRORS, ReadOptions, file_type, load_path, root_cause
+from rlhf_lightning.data.files import LOADER_ERRORS, ReadOptions, file_type, load_path, root_cause
 from rlhf_lightning.data.json_files import json_rows
 from rlhf_lightning.data.nested import has_struct, without_padding
+from rlhf_lightning.data.paths import KINDS, existing
 from rlhf_lightning.data.rows import Row
-from rlhf_lightning.data.sources import Kind, Source, existing, name_splits
+from rlhf_lightning.data.sources import Kind, Source, name_splits
 from rlhf_lightning.errors import UserError
 
 STREAMED = tuple(ending for ending, kind in KINDS.items() if kind in ("json", "parquet", "arrow"))

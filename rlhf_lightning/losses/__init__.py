@@ -17,7 +17,7 @@ from rlhf_lightning.losses.dpo import (
 )
 from rlhf_lightning.losses.implicit_rewards import APODownLoss, APOZeroLoss, BCOPairLoss, NCALoss, SPPOHardLoss
 from rlhf_lightning.losses.mixed import MixedLoss, WPOLoss
-from rlhf_lightning.losses.pairs import PairLoss
+from rlhf_lightning.losses.pairs import BetaLoss, Needs, PairLoss, Pairs, ScoredResponses
 from rlhf_lightning.losses.policy import (
     CISPOLoss,
     ClippedLoss,
@@ -47,6 +47,7 @@ __all__ = [
     "AlphaDivergence",
     "BCOPairLoss",
     "BCOUnpairedLoss",
+    "BetaLoss",
     "BradleyTerryLoss",
     "CISPOLoss",
     "CPOLoss",
@@ -66,11 +67,13 @@ __all__ = [
     "MixedLoss",
     "NCALoss",
     "NLLLoss",
+    "Needs",
     "NormalisedDPOLoss",
     "ORPOLoss",
     "OutcomeLoss",
     "PPOLoss",
     "PairLoss",
+    "Pairs",
     "PlackettLuceLoss",
     "PolicyLoss",
     "PolicyObjective",
@@ -78,6 +81,7 @@ __all__ = [
     "ReinforceLoss",
     "RobustDPOLoss",
     "SPPOHardLoss",
+    "ScoredResponses",
     "SequenceClippedLoss",
     "SimPOLoss",
     "StepBCELoss",

@@ -143,7 +143,10 @@ def build_optimizer(module: Any, params: Iterable[Any]) -> Optimizer:
     Raises:
         UserError: If weights in half precision would stay where they are, or the strategy can't go with master weights.
     """
-    optimizer = module.optimizer_factory(params)
+    try:
+        optimizer = module.optimizer_factory(params)
+    except ValueError as error:
+        raise UserError(f"model.optimizer: {error}") from error
     strategy = getattr(module._trainer, "strategy", None)
     if isinstance(optimizer, MasterWeights):
         if isinstance(strategy, ZeROStrategy):

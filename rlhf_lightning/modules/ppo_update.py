@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.losses.checks import require_one_or_more
 from rlhf_lightning.rewards.failures import RewardFailures
 from rlhf_lightning.rollouts.mismatch import Importance
 
@@ -33,5 +33,6 @@ class PPOUpdate:
 
     def __post_init__(self) -> None:
         """Refuse an update that would not happen."""
-        if min(self.epochs, self.minibatch_size, self.micro_batch_size) < 1:
-            raise UserError(f"epochs, minibatch_size and micro_batch_size are at least 1: {self}")
+        require_one_or_more(
+            epochs=self.epochs, minibatch_size=self.minibatch_size, micro_batch_size=self.micro_batch_size
+        )

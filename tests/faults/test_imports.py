@@ -107,7 +107,7 @@ def test_the_file_of_a_function_is_not_run_either(tmp_path, capsys, evil):
     said = refused(capsys, [*FIT, "--config", path])
     assert not ran(evil)
     assert f"--import {evil}" in said
-    assert f"{path}, model.init_args.reward.init_args.function" in said
+    assert f"{path}:6, model.init_args.reward.init_args.function" in said
 
 
 def test_nor_from_a_config_within_a_config(tmp_path, capsys, evil):
