@@ -21,7 +21,12 @@ class SampleTable(Callback):
     """Reward may go up for the wrong reason; only the samples tell."""
 
     def __init__(self, every_n_steps: int = 100, count: int = 4) -> None:
-        """Args: batches (PPO: iterations) between two looks, 0 for never; and how many samples to show."""
+        """Remember how often and how many.
+
+        Args:
+            every_n_steps: Batches (PPO: iterations) between two tables of samples; 0 for none.
+            count: Number of samples in a table.
+        """
         self.every_n_steps, self.count = every_n_steps, count
         self.rows: list[list[Any]] = []
         self._batch: Any = None

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rlhf_lightning.commands.config_lines import Typed
 from rlhf_lightning.commands.typed_keys import CommandLine
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.losses.checks import contract
+from rlhf_lightning.losses.checks import abstract_methods, contract
 
 CONSTRUCTORS = ("__init__", "__post_init__")
 ABSTRACT = re.compile(r"Can't instantiate abstract class (\w+)")
@@ -112,11 +112,13 @@ def _last(typed: list[Typed]) -> Typed:
 def _of_abstract_class(message: str, line: CommandLine) -> UserError | None:
     """The error over a class that lacks a method of its base class; it shows what to write."""
     found = ABSTRACT.search(message)
-    for key in line.keys if found else ():
+    if found is None:
+        return None
+    for key in line.keys:
         for cls in line.chosen(key):
             if cls.__name__ == found[1] and inspect.isabstract(cls):
                 base = next(base for base in line.bases(key) if issubclass(cls, base))
-                missing = ", ".join(sorted(cls.__abstractmethods__))
+                missing = ", ".join(abstract_methods(cls))
                 own = [t for t in line.typed if t.name == key]
                 place = _last(own).place if own else key
                 return UserError(f"{place}: {cls.__name__} has no {missing}; {contract(base)}")

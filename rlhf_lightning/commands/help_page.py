@@ -9,6 +9,7 @@ import typing
 from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def help_page(command: str, parser: ArgumentParser, args: Sequence[str]) -> str:
     """
     width = min(shutil.get_terminal_size((100, 24)).columns, WIDEST)
     rest, name = without_help(args)
-    for flag, value in zip(rest, rest[1:], strict=False):
+    for flag, value in pairwise(rest):
         if flag in CONFIG_FLAGS and not Path(value).is_file():
             raise UserError(f"-c {value}: there is no such file")
     found = [section for section in sections(parser, in_order(rest)) if section.entries or section.cls]
@@ -190,7 +191,7 @@ def _objects(
             yield name, cls, {}, t
     if last or not bases or isinstance(default, type):
         return
-    values = default if isinstance(default, dict) else getattr(default, "__dict__", {})
+    values: dict[str, Any] = default if isinstance(default, dict) else dict(getattr(default, "__dict__", {}))
     path = values.get("class_path")
     if path is not None and (found := named_classes({path, path.rpartition(".")[2]}, bases)):
         arguments = values.get("init_args") or {}
@@ -328,7 +329,8 @@ def about_class(cls: type, *, first: bool = False) -> str:
         return ""
     doc = parse(inspect.getdoc(cls) or "")
     long = doc.long_description if not first and not cls.__module__.startswith(("torch.", "lightning.")) else None
-    return plain(" ".join(part for part in (doc.short_description, long) if part))
+    paragraphs = [part for part in re.split(r"\n\s*\n", long or "") if not part.startswith(".. ")]
+    return plain(" ".join([doc.short_description or "", *paragraphs]))
 
 
 def plain(text: str) -> str:

@@ -20,8 +20,9 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.best_of_n import best_of_n_table
 from rlhf_lightning.evaluation.candidates import CandidateFile, PromptRows, Scorer, described
 from rlhf_lightning.generation.engine import SamplingParameters
+from rlhf_lightning.losses.checks import require_interface
 from rlhf_lightning.models.export import replace_file
-from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.models.spec import Model, ModelSpec, as_spec
 from rlhf_lightning.rewards.reward import Reward
 from rlhf_lightning.rollouts.selection import BestOfN, SamplingMethod, ranked
 
@@ -30,7 +31,7 @@ console = Console(markup=False)
 
 
 def sample(
-    policy: ModelSpec,
+    policy: Model,
     prompts: PromptRows,
     reward: Reward,
     output: str,
@@ -50,7 +51,7 @@ def sample(
     goes on.
 
     Args:
-        policy: What answers; give its ``path``.
+        policy: What answers: a folder or hub id, or a description that has a ``path``.
         prompts: What it answers.
         reward: What answers are chosen by.
         output: Folder of the result.
@@ -63,6 +64,9 @@ def sample(
         device: Where to compute.
         overwrite: Begin anew where the folder holds answers drawn otherwise.
     """
+    policy = as_spec(policy)
+    require_interface("method", method, SamplingMethod)
+    require_interface("reward", reward, Reward)
     check_request(policy, n, batch_size, sampling)
     started, folder, rows = time.perf_counter(), Path(output), prompts.load()
     batch = max(1, batch_size // n)

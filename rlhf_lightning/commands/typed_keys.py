@@ -15,9 +15,17 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from rlhf_lightning.commands.class_names import classes_in, fitting_names, imported, loaded_names, named_classes, nearest_class, subclasses
+from rlhf_lightning.commands.class_names import (
+    classes_in,
+    fitting_names,
+    imported,
+    loaded_names,
+    named_classes,
+    nearest_class,
+    subclasses,
+)
 from rlhf_lightning.commands.config_lines import Typed, plain_key, typed_keys
-from rlhf_lightning.losses.checks import contract
+from rlhf_lightning.losses.checks import abstract_methods, contract
 
 UNKNOWN = re.compile(
     r"unrecognized arguments: --(?P<flag>[^\s=]+)"
@@ -166,7 +174,7 @@ class CommandLine:
         names = fitting_names(bases)
         listed = f"; these do: {', '.join(names)}" if 0 < len(names) <= MANY_CLASSES else ""
         if (cls := imported(typed.value)) is not None and bases:
-            lacking = f"; it has no {', '.join(sorted(cls.__abstractmethods__))}" if inspect.isabstract(cls) else ""
+            lacking = f"; it has no {', '.join(abstract_methods(cls))}" if inspect.isabstract(cls) else ""
             return f"{lacking}; {contract(bases[0])}", listed
         own = [name for name, x in vars(module).items() if isinstance(x, type)] if module else []
         if (near := nearest_class(typed.value, own)) and near not in names:
@@ -187,7 +195,12 @@ class CommandLine:
 
     def chosen(self, key: str) -> list[type]:
         """The classes that a key has with what was typed."""
-        return [cls for name, kind, default in self.actions if name == key for cls in _chosen(key, kind, default, self.typed)]
+        return [
+            cls
+            for name, kind, default in self.actions
+            if name == key
+            for cls in _chosen(key, kind, default, self.typed)
+        ]
 
     def keys_of(self, cls: type) -> list[str]:
         """The keys that have this class with what was typed."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from rlhf_lightning.data.collate import SequenceCollator
 from rlhf_lightning.data.module import RowsDataModule
-from rlhf_lightning.data.sources import Source
+from rlhf_lightning.data.sources import Rows
 from rlhf_lightning.data.tokenization import Tokenization, demonstrations
 
 
@@ -20,7 +20,7 @@ class DemonstrationDataModule(RowsDataModule):
 
     def __init__(
         self,
-        source: Source | str,
+        source: Rows,
         tokenizer: str | None = None,
         batch_size: int = 32,
         max_length: int = 1024,
@@ -31,7 +31,8 @@ class DemonstrationDataModule(RowsDataModule):
         """The keys of the rows, and those that all data modules have.
 
         Args:
-            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``.
+            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``, a
+                ``DatasetDict`` of splits, or a list of dictionaries.
             tokenizer: Folder or hub id; None for the one of the model in training, else the source's own.
             batch_size: Rows a batch on one rank.
             max_length: Longest sequence in tokens. Longer ones lose their end, and are counted in the log.

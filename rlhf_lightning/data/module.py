@@ -19,7 +19,7 @@ from rlhf_lightning.data.columns import Columns, parse_columns
 from rlhf_lightning.data.limits import numbers
 from rlhf_lightning.data.loaders import RowLoader, make_loader, placement, whereabouts
 from rlhf_lightning.data.rows import INDEX
-from rlhf_lightning.data.sources import Kind, Source
+from rlhf_lightning.data.sources import Kind, Rows, live_or_named
 from rlhf_lightning.data.splits import Split, find_tokenizer, load_splits
 from rlhf_lightning.data.streaming import Known, StreamLoader, check_stream
 from rlhf_lightning.data.streams import StreamSource
@@ -45,7 +45,7 @@ class RowsDataModule(lightning.LightningDataModule):
 
     def __init__(
         self,
-        source: Source | str,
+        source: Rows,
         tokenizer: str | None = None,
         batch_size: int = 32,
         format: str | None = None,
@@ -60,7 +60,8 @@ class RowsDataModule(lightning.LightningDataModule):
         """Keys that all data modules have.
 
         Args:
-            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``.
+            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``, a
+                ``DatasetDict`` of splits, or a list of dictionaries.
             tokenizer: Folder or hub id; None for the one of the model in training, else the source's own.
             batch_size: Rows a batch on one rank.
             format: Name of the row format where it should not be detected: sharegpt-preference, preference, alpaca-preference,
@@ -86,7 +87,7 @@ class RowsDataModule(lightning.LightningDataModule):
         super().__init__()
         parse_columns(columns)  # what is wrong with it is said before anything is loaded
         self.columns, self.bad_rows = columns, bad_rows
-        self.source, self.tokenizer_path, self.format, self.split = source, tokenizer, format, split
+        self.source, self.tokenizer_path, self.format, self.split = live_or_named(source), tokenizer, format, split
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.bucket_batches, self.chat_template_kwargs = bucket_batches, chat_template_kwargs
         self.rows: dict[str, Dataset] = {}

@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf_lightning.data.collate import PreferenceCollator
 from rlhf_lightning.data.module import RowsDataModule
-from rlhf_lightning.data.sources import Source
+from rlhf_lightning.data.sources import Rows
 from rlhf_lightning.data.tokenization import DifferingPrompts, Tokenization, preferences
 
 
@@ -17,7 +17,7 @@ class PreferenceDataModule(RowsDataModule):
 
     def __init__(
         self,
-        source: Source | str,
+        source: Rows,
         tokenizer: str | None = None,
         batch_size: int = 32,
         max_length: int = 1024,
@@ -28,7 +28,8 @@ class PreferenceDataModule(RowsDataModule):
         """The keys of the rows, and those that all data modules have.
 
         Args:
-            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``.
+            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``, a
+                ``DatasetDict`` of splits, or a list of dictionaries.
             tokenizer: Folder or hub id; None for the one of the model in training, else the source's own.
             batch_size: Pairs a batch on one rank.
             max_length: Longest prompt with a response, in tokens. Pairs of which one side is longer are dropped and counted in

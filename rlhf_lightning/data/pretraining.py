@@ -8,7 +8,7 @@ from datasets import Dataset
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.data.collate import PromptCollator, SequenceCollator
 from rlhf_lightning.data.prompts import PromptDataModule
-from rlhf_lightning.data.sources import Source
+from rlhf_lightning.data.sources import Rows
 from rlhf_lightning.data.splits import Split, load_splits
 from rlhf_lightning.data.streams import StreamSource
 from rlhf_lightning.data.tokenization import demonstrations
@@ -26,8 +26,8 @@ class PretrainingMixDataModule(PromptDataModule):
 
     def __init__(
         self,
-        source: Source | str,
-        pretraining: Source | str,
+        source: Rows,
+        pretraining: Rows,
         rows_per_prompt: int = 1,
         max_length: int = 512,
         tokenizer: str | None = None,
@@ -38,7 +38,8 @@ class PretrainingMixDataModule(PromptDataModule):
         """The keys of the rows, and those that all data modules have.
 
         Args:
-            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``.
+            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``, a
+                ``DatasetDict`` of splits, or a list of dictionaries.
             tokenizer: Folder or hub id; None for the one of the model in training, else the source's own.
             pretraining: A world, or the path of a file or folder, or a hub id: text, all of which is learnt.
             rows_per_prompt: Rows of it beside each prompt; InstructGPT takes 8.

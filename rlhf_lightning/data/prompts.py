@@ -7,7 +7,7 @@ from typing import Any, Literal
 from rlhf_lightning.data.collate import PromptCollator
 from rlhf_lightning.data.loaders import RowLoader
 from rlhf_lightning.data.module import RowsDataModule
-from rlhf_lightning.data.sources import Source
+from rlhf_lightning.data.sources import Rows
 from rlhf_lightning.data.splits import drawn
 from rlhf_lightning.data.tokenization import Tokenization, prompts
 
@@ -19,7 +19,7 @@ class PromptDataModule(RowsDataModule):
 
     def __init__(
         self,
-        source: Source | str,
+        source: Rows,
         tokenizer: str | None = None,
         batch_size: int = 128,
         max_prompt_length: int = 512,
@@ -30,7 +30,8 @@ class PromptDataModule(RowsDataModule):
         """The keys of the rows, and those that all data modules have.
 
         Args:
-            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``.
+            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``, a
+                ``DatasetDict`` of splits, or a list of dictionaries.
             tokenizer: Folder or hub id; None for the one of the model in training, else the source's own.
             batch_size: Prompts an iteration on one rank, a response each.
             max_prompt_length: Longest prompt in tokens.

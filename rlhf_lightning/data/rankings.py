@@ -16,7 +16,7 @@ from rlhf_lightning.data.encoding import Encoder
 from rlhf_lightning.data.limits import LARGEST, Limit
 from rlhf_lightning.data.module import RowsDataModule
 from rlhf_lightning.data.rows import Row, read_weight
-from rlhf_lightning.data.sources import Source
+from rlhf_lightning.data.sources import Rows
 from rlhf_lightning.data.template_inputs import inputs_of
 from rlhf_lightning.data.tokenization import DIFFER, DIFFERING, IDS, DifferingPrompts, Tokenization, prompts_differ
 from rlhf_lightning.data.turns import Piece
@@ -30,7 +30,7 @@ class RankingDataModule(RowsDataModule):
 
     def __init__(
         self,
-        source: Source | str,
+        source: Rows,
         tokenizer: str | None = None,
         batch_size: int = 8,
         max_length: int = 1024,
@@ -41,7 +41,8 @@ class RankingDataModule(RowsDataModule):
         """The keys of the rows, and those that all data modules have.
 
         Args:
-            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``.
+            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``, a
+                ``DatasetDict`` of splits, or a list of dictionaries.
             tokenizer: Folder or hub id; None for the one of the model in training, else the source's own.
             batch_size: Prompts a batch on one rank, each with all its completions.
             max_length: Longest prompt with a completion, in tokens. Longer completions are dropped from their ranking, and

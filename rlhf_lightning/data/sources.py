@@ -4,7 +4,7 @@ import copy
 import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
@@ -71,6 +71,12 @@ class FileSource(Source):
             held_out = load_path(existing(self.validation_path), options)
             splits["validation"] = name_splits(held_out, self.validation_path)["train"]
         return splits
+
+
+if TYPE_CHECKING:
+    Rows: TypeAlias = Source | str | Path | Dataset | DatasetDict | list[dict[str, Any]]
+else:
+    Rows = Source | str  # what a config can name: with the others, its errors would be about them
 
 
 def marking_bad_rows(source: Source, text_columns: tuple[str, ...]) -> Source:
@@ -153,22 +159,35 @@ class DatasetSource(Source):
         return name_splits(given, str(self))
 
 
-def as_source(source: str | Dataset | DatasetDict | Source) -> Source:
-    """A source for whatever names one: a path, a hub id, a dataset, or a source already.
+def as_source(source: Rows) -> Source:
+    """A source for whatever names one: a path, a hub id, a dataset, rows, or a source already.
 
     Raises:
-        UserError: If a path does not exist, or the text is neither a path nor "owner/name".
+        UserError: If a path does not exist, the text is neither a path nor "owner/name", or it is nothing of all these.
     """
     if isinstance(source, Source):
         return source
     if isinstance(source, Dataset | DatasetDict):
         return DatasetSource(source)
+    if isinstance(source, list) and source and all(isinstance(row, dict) for row in source):
+        return DatasetSource(Dataset.from_list(source))
+    if not isinstance(source, str | Path):
+        raise UserError(
+            f"source is a {type(source).__name__}; give a path, a hub id, a Dataset, a DatasetDict of splits, a list of "
+            "dictionaries, or a Source"
+        )
+    source = str(source)
     if Path(source).expanduser().exists():
         return FileSource(source)
     owner, _, name = source.partition("/")
     if not (owner and name) or "/" in name or source.startswith((".", "~")) or looks_like_file(name):
         existing(source)
     return HubSource(source)
+
+
+def live_or_named(source: Rows) -> Source | str:
+    """Rows in memory as a source, whose name fits into a message; what is named stays a name until it is loaded."""
+    return str(source) if isinstance(source, str | Path) else as_source(source)
 
 
 def looks_like_file(name: str) -> bool:

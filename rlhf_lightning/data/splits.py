@@ -14,7 +14,7 @@ from rlhf_lightning.data.columns import Columns, parse_columns
 from rlhf_lightning.data.formats import to_canonical
 from rlhf_lightning.data.prompt_split import key_columns, row_key
 from rlhf_lightning.data.rows import INDEX, LEVEL, TEXT_COLUMNS
-from rlhf_lightning.data.sources import Kind, Source, as_source, marking_bad_rows
+from rlhf_lightning.data.sources import Kind, Rows, as_source, marking_bad_rows
 from rlhf_lightning.data.tokenization import split_by_prompt
 from rlhf_lightning.data.tokenizers import load_tokenizer, repair_pad_token
 from rlhf_lightning.errors import UserError
@@ -43,7 +43,7 @@ class Split:
 
 
 def load_splits(
-    source: str | Dataset | DatasetDict | Source,
+    source: Rows,
     kind: Kind,
     format: str | None,
     split: Split,
@@ -91,7 +91,7 @@ def load_splits(
 
 
 def load_part(
-    source: Source | str,
+    source: Rows,
     kind: Kind,
     part: str,
     split: Split,
@@ -145,9 +145,7 @@ def drawn(rows: Dataset, limit: int, seed: int) -> Dataset:
     return rows.select(np.sort(chosen))
 
 
-def find_tokenizer(
-    path: str | None, source: str | Dataset | DatasetDict | Source, trainer: Any
-) -> PreTrainedTokenizerBase:
+def find_tokenizer(path: str | None, source: Rows, trainer: Any) -> PreTrainedTokenizerBase:
     """The tokenizer that was asked for; else that of the model in training; else the source's own.
 
     Its pad token is repaired where missing or equal to EOS, and it gets a plain chat template where it has none.

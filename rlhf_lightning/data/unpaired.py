@@ -7,7 +7,7 @@ from typing import Any
 from rlhf_lightning.data.collate import UnpairedCollator
 from rlhf_lightning.data.limits import numbers
 from rlhf_lightning.data.module import RowsDataModule
-from rlhf_lightning.data.sources import Source
+from rlhf_lightning.data.sources import Rows
 from rlhf_lightning.data.tokenization import Tokenization, unpaired
 from rlhf_lightning.errors import UserError
 
@@ -22,7 +22,7 @@ class UnpairedDataModule(RowsDataModule):
 
     def __init__(
         self,
-        source: Source | str,
+        source: Rows,
         tokenizer: str | None = None,
         batch_size: int = 32,
         max_length: int = 1024,
@@ -32,7 +32,8 @@ class UnpairedDataModule(RowsDataModule):
         """The keys of the rows, and those that all data modules have.
 
         Args:
-            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``.
+            source: A world, or the path of a file or folder, or a hub id; from Python also a ``Dataset``, a
+                ``DatasetDict`` of splits, or a list of dictionaries.
             tokenizer: Folder or hub id; None for the one of the model in training, else the source's own.
             batch_size: Completions a batch on one rank.
             max_length: Longest prompt with its completion, in tokens. Longer ones are dropped and counted in the log: to cut

@@ -57,7 +57,11 @@ class OptimumCurve(Callback):
     target: Target
 
     def __init__(self, every_n_batches: int = 10) -> None:
-        """Args: batches (PPO: iterations) between two looks."""
+        """Remember how often.
+
+        Args:
+            every_n_batches: Batches (PPO: iterations) between two measurements.
+        """
         self.every_n_batches = every_n_batches
         self.points: list[dict[str, float]] = []
 

@@ -13,6 +13,7 @@ from rlhf_lightning.generation.engine import Generation, GenerationEngine, Sampl
 from rlhf_lightning.generation.sampling import LogitsRules, drawn, filtered
 from rlhf_lightning.generation.stop_strings import stop_strings_of
 from rlhf_lightning.generation.store import Decode, Prefill, Store
+from rlhf_lightning.losses.checks import require_interface
 from rlhf_lightning.models.attention import knows_rows, over_rows, rules_of
 from rlhf_lightning.models.head import head_logits
 from rlhf_lightning.models.packing import pack
@@ -142,6 +143,7 @@ class NativeEngine(GenerationEngine):
 def engine_for(sampling: SamplingParameters) -> GenerationEngine:
     """The engine that the parameters name, or a native one."""
     engine = sampling.engine or NativeEngine()
+    require_interface("sampling.engine", engine, GenerationEngine)
     engine.expect(sampling)
     return engine
 

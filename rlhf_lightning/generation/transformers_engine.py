@@ -34,7 +34,11 @@ class TransformersEngine(GenerationEngine):
     """
 
     def __init__(self, continuous_batching: bool = False) -> None:
-        """Args: ``continuous_batching`` fills the place of a finished row with the next prompt; made for GPUs."""
+        """Remember how to batch.
+
+        Args:
+            continuous_batching: Replace a finished row by the next prompt; made for GPUs.
+        """
         self.continuous_batching = continuous_batching
 
     @torch.no_grad()

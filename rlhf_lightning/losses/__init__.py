@@ -17,7 +17,7 @@ from rlhf_lightning.losses.dpo import (
 )
 from rlhf_lightning.losses.implicit_rewards import APODownLoss, APOZeroLoss, BCOPairLoss, NCALoss, SPPOHardLoss
 from rlhf_lightning.losses.mixed import MixedLoss, WPOLoss
-from rlhf_lightning.losses.pairs import PairLoss
+from rlhf_lightning.losses.pairs import Needs, PairLoss, Pairs, ScoredResponses
 from rlhf_lightning.losses.policy import (
     CISPOLoss,
     ClippedLoss,
@@ -66,11 +66,13 @@ __all__ = [
     "MixedLoss",
     "NCALoss",
     "NLLLoss",
+    "Needs",
     "NormalisedDPOLoss",
     "ORPOLoss",
     "OutcomeLoss",
     "PPOLoss",
     "PairLoss",
+    "Pairs",
     "PlackettLuceLoss",
     "PolicyLoss",
     "PolicyObjective",
@@ -78,6 +80,7 @@ __all__ = [
     "ReinforceLoss",
     "RobustDPOLoss",
     "SPPOHardLoss",
+    "ScoredResponses",
     "SequenceClippedLoss",
     "SimPOLoss",
     "StepBCELoss",

@@ -57,7 +57,7 @@ def problem(value: Any, base: type) -> str | None:
     missing = [name for name in needed(base, own=isinstance(value, base)) if not hasattr(value, name)]
     if missing:
         return f"has no {', '.join(missing)}"
-    for name in sorted(getattr(base, "__abstractmethods__", ())):
+    for name in abstract_methods(base):
         method, expected = getattr(type(value), name, None), getattr(base, name)
         if not inspect.isfunction(expected) or not inspect.isfunction(method):
             continue
@@ -74,7 +74,7 @@ def needed(base: type, *, own: bool) -> list[str]:
         own: Whether the object is an instance of a subclass, which inherits what is not abstract.
     """
     annotated = [name for cls in base.__mro__ for name in inspect.get_annotations(cls)]
-    names = {*getattr(base, "__abstractmethods__", ()), *(name for name in annotated if not name.startswith("_"))}
+    names = {*abstract_methods(base), *(name for name in annotated if not name.startswith("_"))}
     if not own:
         names |= {name for name in dir(base) if not name.startswith("_")}
     return sorted(names)
@@ -83,7 +83,9 @@ def needed(base: type, *, own: bool) -> list[str]:
 def accepts(given: inspect.Signature, expected: inspect.Signature) -> bool:
     """Whether a method can be called with the arguments of another one: by position, the keyword-only ones by name."""
     kinds = inspect.Parameter
-    arguments = [p for p in expected.parameters.values() if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    arguments = [
+        p for p in expected.parameters.values() if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    ]
     by_name = {p.name: None for p in expected.parameters.values() if p.kind is kinds.KEYWORD_ONLY}
     try:
         given.bind(*[None] * len(arguments), **by_name)
@@ -92,15 +94,20 @@ def accepts(given: inspect.Signature, expected: inspect.Signature) -> bool:
     return True
 
 
+def abstract_methods(cls: type) -> list[str]:
+    """Names of what a class leaves to its subclasses."""
+    return sorted(getattr(cls, "__abstractmethods__", ()))
+
+
 def contract(base: type) -> str:
     """What to write for a class of one's own: the base class, and each member that it must define."""
     members = []
-    for name in sorted(getattr(base, "__abstractmethods__", ())):
+    for name in abstract_methods(base):
         member = getattr(base, name)
         function = member.fget if isinstance(member, property) else member
         first = QUALIFIED.sub("", str(inspect.signature(function))) if inspect.isfunction(function) else "(self)"
         doc = (inspect.getdoc(member) or "").split("\n")[0].split(";")[0].rstrip(".")
         members.append(f"{'@property ' * isinstance(member, property)}def {name}{first}{f' ({doc})' * bool(doc)}")
-    abstract = set(getattr(base, "__abstractmethods__", ()))
+    abstract = set(abstract_methods(base))
     members += [name for name in needed(base, own=True) if name not in abstract and not hasattr(base, name)]
     return f"write a subclass of {base.__module__}.{base.__name__} with {', '.join(members)}"

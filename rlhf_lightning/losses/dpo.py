@@ -16,7 +16,12 @@ from rlhf_lightning.functional.preference import (
     ipo_loss,
     robust_dpo_loss,
 )
-from rlhf_lightning.losses.checks import require_flip_probability, require_not_negative, require_positive
+from rlhf_lightning.losses.checks import (
+    require_flip_probability,
+    require_interface,
+    require_not_negative,
+    require_positive,
+)
 from rlhf_lightning.losses.divergences import Divergence, ForwardKL
 from rlhf_lightning.losses.pairs import BetaLoss, Needs, PairLoss, Pairs, given, halves
 
@@ -201,6 +206,10 @@ class FDPOLoss(BetaLoss):
     """
 
     divergence: Divergence = ForwardKL()  # noqa: RUF009  (frozen)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_interface("divergence", self.divergence, Divergence)
 
     def pairs(self, pairs: Pairs) -> Tensor:
         chosen, rejected = halves(self.divergence.score(pairs.responses.logratios))

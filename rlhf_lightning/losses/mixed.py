@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.pair_tokens import on_policy_weights
-from rlhf_lightning.losses.checks import require_not_negative, require_positive
+from rlhf_lightning.losses.checks import require_interface, require_not_negative, require_positive
 from rlhf_lightning.losses.dpo import DPOLoss
 from rlhf_lightning.losses.pairs import Counted, Needs, PairLoss, Pairs, ScoredResponses, given, halves
 
@@ -31,6 +31,8 @@ class MixedLoss(PairLoss):
         """Refuse weights for which the sum means nothing."""
         if not self.losses or len(self.losses) != len(self.weights):
             raise UserError(f"{len(self.losses)} losses and {len(self.weights)} weights: give a weight for each loss")
+        for index, loss in enumerate(self.losses):
+            require_interface(f"losses[{index}]", loss, PairLoss)
         require_not_negative(**{f"weights[{i}]": weight for i, weight in enumerate(self.weights)})
         require_positive("the first of the weights, whose loss gives the reward,", self.weights[0])
 
@@ -69,6 +71,9 @@ class WPOLoss(PairLoss):
     """
 
     loss: PairLoss = DPOLoss()  # noqa: RUF009  (frozen)
+
+    def __post_init__(self) -> None:
+        require_interface("loss", self.loss, PairLoss)
 
     @property
     def needs(self) -> Needs:

@@ -18,7 +18,7 @@ from rlhf_lightning.functional.policy import (
     clipped_sequence_loss,
     reinforce_loss,
 )
-from rlhf_lightning.losses.checks import require_not_negative, require_positive
+from rlhf_lightning.losses.checks import require_interface, require_not_negative, require_positive
 
 KLPlacement = Literal["reward_k1", "loss_k2_sequence", "loss_k3_token"]
 
@@ -138,6 +138,7 @@ class PolicyObjective:
 
     def __post_init__(self) -> None:
         """Refuse coefficients for which the loss means nothing."""
+        require_interface("loss", self.loss, PolicyLoss)
         require_not_negative(entropy_coef=self.entropy_coef)
 
     def kl_tokens(self, log_ratio: Tensor, mask: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """What a network is made from, as plain data that a YAML can say."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from rlhf_lightning.errors import UserError
 
@@ -85,6 +86,33 @@ class ModelSpec:
     def shares_base_with(self, other: "ModelSpec") -> bool:
         """Whether both are adapters on one and the same base, which then need not be loaded twice."""
         return None not in (self.adapter, other.adapter) and replace(self, adapter=other.adapter) == other
+
+
+if TYPE_CHECKING:
+    Model: TypeAlias = ModelSpec | str | Path
+else:
+    Model = ModelSpec | str  # what a config can say
+
+
+@overload
+def as_spec(model: Model) -> ModelSpec: ...
+@overload
+def as_spec(model: None) -> None: ...
+@overload
+def as_spec(model: Model | None) -> ModelSpec | None: ...
+def as_spec(model: Model | None) -> ModelSpec | None:
+    """The description of a network that may be given by its path alone.
+
+    Raises:
+        UserError: If it is neither text nor a description.
+    """
+    if model is None or isinstance(model, ModelSpec):
+        return model
+    if isinstance(model, str | Path):
+        return ModelSpec(path=str(model))
+    raise UserError(
+        f"a model is given as a path, a hub id or a ModelSpec (rlhf_lightning.models.spec), not as a {type(model).__name__}"
+    )
 
 
 def as_wide_as(policy: ModelSpec, reference: ModelSpec | None) -> ModelSpec:

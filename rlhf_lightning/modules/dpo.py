@@ -13,11 +13,13 @@ from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.losses import DPOLoss, PairLoss
+from rlhf_lightning.losses.checks import require_interface
 from rlhf_lightning.losses.pairs import Counted, Needs, Pairs, ScoredResponses
 from rlhf_lightning.models.frozen import Frozen, policy_as_it_starts
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
-from rlhf_lightning.models.spec import ModelSpec, as_wide_as
+from rlhf_lightning.models.spec import Model, ModelSpec, as_spec, as_wide_as
+from rlhf_lightning.modules.batch_checks import reads
 from rlhf_lightning.modules.guard import StepGuard, with_router_loss
 from rlhf_lightning.modules.half_precision import place_reference, prepare_precision, warn_of_rounded_reference
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
@@ -36,9 +38,9 @@ class DPOModule(LightningModule):
 
     def __init__(
         self,
-        policy: ModelSpec,
+        policy: Model,
         loss: PairLoss = DPOLoss(),  # noqa: B008  (frozen)
-        reference: ModelSpec | None = None,
+        reference: Model | None = None,
         optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-6),
         schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
         sampling: SamplingParameters = SamplingParameters(),  # noqa: B008  (frozen)
@@ -63,6 +65,8 @@ class DPOModule(LightningModule):
             UserError: If the loss and what is said of the reference don't go together.
         """
         super().__init__()
+        policy, reference = as_spec(policy), as_spec(reference)
+        require_interface("loss", loss, PairLoss)
         check_reference(loss, reference, precompute_reference, moving_reference)
         if moving_reference is not None:
             moving_reference.check(policy, precompute_reference)
@@ -76,6 +80,8 @@ class DPOModule(LightningModule):
         names = (*NAMES, *loss.measures)
         self.train_means, self.eval_means = Means(names, totals=["num_tokens"]), Means(names, totals=["num_tokens"])
         self.guard = StepGuard()
+
+    on_before_batch_transfer = reads(PreferenceBatch)
 
     def configure_model(self) -> None:
         """Load the policy and its reference, once."""

@@ -17,10 +17,12 @@ from rlhf_lightning.functional.masked import masked_sum
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.native import engine_for
 from rlhf_lightning.losses import PolicyObjective
+from rlhf_lightning.losses.checks import require_interface
 from rlhf_lightning.models.frozen import Frozen, policy_as_it_starts
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
-from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.models.spec import Model, as_spec
+from rlhf_lightning.modules.batch_checks import reads
 from rlhf_lightning.modules.group_metrics import group_means, length_extremes, update_means
 from rlhf_lightning.modules.grpo_update import Groups, GRPOUpdate, check_groups
 from rlhf_lightning.modules.guard import StepGuard, with_router_loss
@@ -45,6 +47,7 @@ from rlhf_lightning.modules.online import (
     old_logprobs_of,
     place,
     policy_alone,
+    refuse_trainer_steps,
     respond,
     scores_of,
     trainer_state,
@@ -74,7 +77,7 @@ class GRPOModule(LightningModule):
 
     def __init__(
         self,
-        policy: ModelSpec,
+        policy: Model,
         reward: Reward,
         advantages: CriticFree,
         objective: PolicyObjective,
@@ -106,7 +109,8 @@ class GRPOModule(LightningModule):
         self.automatic_optimization = False
         check_sampling(sampling)
         check_groups(groups, advantages, update)
-        self.policy_spec, self.reward, self.advantages, self.objective = policy, reward, advantages, objective
+        require_interface("kl", kl, KLControl)
+        self.policy_spec, self.reward, self.advantages, self.objective = as_spec(policy), reward, advantages, objective
         self.kl, self.groups, self.sampling, self.update = kl, groups, sampling, update
         self.optimizer_factory, self.schedule = optimizer, schedule
         self.all_sum = partial(all_sum, self)
@@ -114,7 +118,7 @@ class GRPOModule(LightningModule):
         self.guard = StepGuard()
         self.iterations, self.plan = check_iterations(iterations), RunPlan()
         self.engine = engine_for(sampling)
-        self.model_path = policy.path
+        self.model_path = self.policy_spec.path
         self.policy: PolicyNetwork | None = None
         self.reference: Frozen | None = None
         self.iteration = self.episodes = self.tokens = self.without_signal = 0
@@ -122,6 +126,9 @@ class GRPOModule(LightningModule):
         self.update_means, self.eval_means = update_means(), Means(EVALUATION)
         self.drawn: Drawn | None = None  # the last iteration's
         self.parts: dict[str, Tensor] = {}  # scores of each part of the reward for all that was drawn in it
+
+    on_before_batch_transfer = reads(PromptBatch)
+    configure_callbacks = refuse_trainer_steps
 
     def configure_model(self) -> None:
         """Load the policy, and its reference where the KL has a weight, once."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.losses.checks import require_one_or_more
+from rlhf_lightning.losses.checks import require_interface, require_one_or_more
 from rlhf_lightning.rewards.failures import RewardFailures
 from rlhf_lightning.rollouts.group_advantages import CriticFree
 from rlhf_lightning.rollouts.mismatch import Importance
@@ -67,6 +67,7 @@ def check_groups(groups: Groups, advantages: CriticFree, update: GRPOUpdate) -> 
     Raises:
         UserError: If not; names the key.
     """
+    require_interface("advantages", advantages, CriticFree)
     if groups.size < advantages.least_group:
         raise UserError(
             f"{type(advantages).__name__} holds a response against the others of its prompt, of which groups.size "

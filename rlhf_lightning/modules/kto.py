@@ -15,10 +15,12 @@ from rlhf_lightning.functional.masked import masked_sum
 from rlhf_lightning.functional.unpaired import kto_baseline
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.losses import KTOLoss, UnpairedLoss
+from rlhf_lightning.losses.checks import require_interface
 from rlhf_lightning.models.frozen import Frozen, policy_as_it_starts
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
-from rlhf_lightning.models.spec import ModelSpec, as_wide_as
+from rlhf_lightning.models.spec import Model, as_spec, as_wide_as
+from rlhf_lightning.modules.batch_checks import reads
 from rlhf_lightning.modules.guard import StepGuard, with_router_loss
 from rlhf_lightning.modules.half_precision import (
     computes_in_half,
@@ -58,9 +60,9 @@ class KTOModule(LightningModule):
 
     def __init__(
         self,
-        policy: ModelSpec,
+        policy: Model,
         loss: UnpairedLoss = KTOLoss(),  # noqa: B008  (frozen)
-        reference: ModelSpec | None = None,
+        reference: Model | None = None,
         optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-6),
         schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
         sampling: SamplingParameters = SamplingParameters(),  # noqa: B008  (frozen)
@@ -76,6 +78,8 @@ class KTOModule(LightningModule):
             sampling: How the samples that a person sees are drawn.
         """
         super().__init__()
+        policy, reference = as_spec(policy), as_spec(reference)
+        require_interface("loss", loss, UnpairedLoss)
         self.policy_spec, self.reference_spec, self.loss = policy, as_wide_as(policy, reference), loss
         self.optimizer_factory, self.schedule, self.sampling = optimizer, schedule, sampling
         self.model_path = policy.path
@@ -100,6 +104,8 @@ class KTOModule(LightningModule):
         counts = datamodule.label_counts() if stage == "fit" and hasattr(datamodule, "label_counts") else None
         if counts is not None and self.trainer.is_global_zero:
             report_balance(self.loss, *counts)
+
+    on_before_batch_transfer = reads(UnpairedBatch)
 
     def configure_model(self) -> None:
         """Load the policy and its reference, once."""

@@ -63,6 +63,29 @@ def begin(module: Any) -> None:
         torch.manual_seed(rank_seed(torch.initial_seed(), module.global_rank))
 
 
+def refuse_trainer_steps(module: Any) -> list[Any]:
+    """Lightning's hook ``configure_callbacks`` of a module that steps its optimizer itself: it adds none.
+
+    It is the first hook of a run: Lightning's own refusal, which knows nothing of our keys, comes after it.
+
+    Raises:
+        UserError: If the Trainer is to clip or to accumulate gradients; names the keys that do it here.
+    """
+    trainer, name = module.trainer, type(module).__name__
+    if trainer.gradient_clip_val:
+        raise UserError(
+            f"trainer.gradient_clip_val {trainer.gradient_clip_val:g}: {name} clips its gradients itself; remove the key and "
+            f"set model.update.max_grad_norm to {trainer.gradient_clip_val:g} (it is {module.update.max_grad_norm:g})"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise UserError(
+            f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}: {name} takes its optimizer steps itself; "
+            "remove the key. model.update.minibatch_size is the number of responses of an optimizer step (on one rank), "
+            "model.update.micro_batch_size the number in memory at once, data.batch_size the number of prompts of an iteration"
+        )
+    return []
+
+
 def rank_seed(seed: int, rank: int) -> int:
     """The seed of a rank: on the first the seed itself, as in a run on one rank."""
     return seed if rank == 0 else mixed_seed("rank", seed, rank)

@@ -14,11 +14,13 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.native import engine_for
 from rlhf_lightning.losses import DPOLoss, PairLoss
+from rlhf_lightning.losses.checks import require_interface
 from rlhf_lightning.losses.pairs import Needs, Pairs, ScoredResponses
 from rlhf_lightning.models.frozen import Frozen, policy_as_it_starts
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
-from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.models.spec import Model, as_spec
+from rlhf_lightning.modules.batch_checks import reads
 from rlhf_lightning.modules.grpo_update import Groups, GRPOUpdate
 from rlhf_lightning.modules.guard import StepGuard, with_router_loss
 from rlhf_lightning.modules.half_precision import computes_in_half, prepare_precision
@@ -40,6 +42,7 @@ from rlhf_lightning.modules.online import (
     old_logprobs_of,
     place,
     policy_alone,
+    refuse_trainer_steps,
     respond,
     scores_of,
     trainer_state,
@@ -76,7 +79,7 @@ class OnlineDPOModule(LightningModule):
 
     def __init__(
         self,
-        policy: ModelSpec,
+        policy: Model,
         reward: Reward,
         loss: PairLoss = DPOLoss(),  # noqa: B008  (frozen)
         groups: Groups = Groups(size=2),  # noqa: B008  (frozen)
@@ -105,20 +108,23 @@ class OnlineDPOModule(LightningModule):
         self.automatic_optimization = False
         check_sampling(sampling)
         check_pairs(loss, groups, update)
-        self.policy_spec, self.reward, self.loss, self.groups = policy, reward, loss, groups
+        self.policy_spec, self.reward, self.loss, self.groups = as_spec(policy), reward, loss, groups
         self.sampling, self.update, self.optimizer_factory, self.schedule = sampling, update, optimizer, schedule
         self.all_sum = partial(all_sum, self)
         self.scorer = GuardedReward(reward, update.reward_failures, self.all_sum, partial(trainer_state, self))
         self.guard = StepGuard()
         self.iterations, self.plan = check_iterations(iterations), RunPlan()
         self.engine = engine_for(sampling)
-        self.model_path = policy.path
+        self.model_path = self.policy_spec.path
         self.policy: PolicyNetwork | None = None
         self.reference: Frozen | None = None
         self.iteration = self.episodes = self.without_signal = 0
         self.order = torch.Generator().manual_seed(torch.initial_seed())
         self.update_means, self.eval_means = update_means(), Means(EVALUATION)
         self.last_rollout: tuple[Responses, Tensor] | None = None
+
+    on_before_batch_transfer = reads(PromptBatch)
+    configure_callbacks = refuse_trainer_steps
 
     def configure_model(self) -> None:
         """Load the policy, and its reference where the loss compares with one, once."""
@@ -357,6 +363,7 @@ def check_pairs(loss: PairLoss, groups: Groups, update: GRPOUpdate) -> None:
     Raises:
         UserError: If not; names the key.
     """
+    require_interface("loss", loss, PairLoss)
     if groups.size < 2:
         raise UserError(f"groups.size {groups.size} makes no pair; set it to 2 or more")
     if groups.prompts is not None or groups.mask_truncated:

@@ -16,12 +16,14 @@ from rlhf_lightning.functional.value import explained_variance
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.native import engine_for
 from rlhf_lightning.losses import PPOLoss
+from rlhf_lightning.losses.checks import require_interface
 from rlhf_lightning.models.actor_critic import ActorCritic
 from rlhf_lightning.models.frozen import policy_as_it_starts
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork
 from rlhf_lightning.models.shared_critic import load_critic
-from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.models.spec import Model, as_spec
+from rlhf_lightning.modules.batch_checks import reads
 from rlhf_lightning.modules.guard import StepGuard, with_router_loss
 from rlhf_lightning.modules.half_precision import prepare_precision
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
@@ -43,6 +45,7 @@ from rlhf_lightning.modules.online import (
     measured,
     old_logprobs_of,
     place,
+    refuse_trainer_steps,
     respond,
     scores_of,
     trainer_state,
@@ -78,8 +81,8 @@ class PPOModule(LightningModule):
 
     def __init__(
         self,
-        policy: ModelSpec,
-        critic: ModelSpec | None,
+        policy: Model,
+        critic: Model | None,
         reward: Reward,
         kl: KLControl = FixedKL(),  # noqa: B008  (never mutated: AdaptiveKL is always the user's own)
         sampling: SamplingParameters = SamplingParameters(),  # noqa: B008  (frozen)
@@ -109,7 +112,9 @@ class PPOModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         check_sampling(sampling)
-        self.policy_spec, self.critic_spec, self.reward, self.kl = policy, critic, reward, kl
+        require_interface("kl", kl, KLControl)
+        require_interface("advantages", advantages, AdvantageEstimator)
+        self.policy_spec, self.critic_spec, self.reward, self.kl = as_spec(policy), as_spec(critic), reward, kl
         self.sampling, self.loss, self.advantages, self.update = sampling, loss, advantages, update
         self.optimizer_factory, self.schedule = optimizer, schedule
         self.all_sum = partial(all_sum, self)
@@ -117,12 +122,15 @@ class PPOModule(LightningModule):
         self.guard = StepGuard()
         self.iterations, self.plan = check_iterations(iterations), RunPlan()
         self.engine = engine_for(sampling)
-        self.model_path = policy.path
+        self.model_path = self.policy_spec.path
         self.actor_critic: ActorCritic | None = None
         self.iteration = self.episodes = self.without_signal = 0
         self.order = torch.Generator().manual_seed(torch.initial_seed())
         self.update_means, self.eval_means = update_means(), Means(EVALUATION)
         self.last_rollout: tuple[Responses, Tensor] | None = None
+
+    on_before_batch_transfer = reads(PromptBatch)
+    configure_callbacks = refuse_trainer_steps
 
     def configure_model(self) -> None:
         """Load policy, critic and reference, once."""

@@ -11,10 +11,12 @@ from rlhf_lightning.batches import StepwiseBatch
 from rlhf_lightning.data.stepwise import SEPARATOR, StepwiseDataModule
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.process import aggregate_steps, first_error_f1, first_errors
+from rlhf_lightning.losses.checks import require_interface
 from rlhf_lightning.losses.process import StepBCELoss, StepLoss
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.scalar_head import ScalarModel
-from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.models.spec import Model, as_spec
+from rlhf_lightning.modules.batch_checks import reads
 from rlhf_lightning.modules.guard import StepGuard, with_router_loss
 from rlhf_lightning.modules.half_precision import prepare_precision
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
@@ -32,7 +34,7 @@ class ProcessRewardModule(LightningModule):
 
     def __init__(
         self,
-        network: ModelSpec,
+        network: Model,
         loss: StepLoss = StepBCELoss(),  # noqa: B008  (frozen)
         optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-5),
         schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
@@ -48,12 +50,15 @@ class ProcessRewardModule(LightningModule):
             separator: What stands behind every step; it is exported with the model.
         """
         super().__init__()
-        self.network_spec, self.loss, self.separator = network, loss, separator
+        require_interface("loss", loss, StepLoss)
+        self.network_spec, self.loss, self.separator = as_spec(network), loss, separator
         self.optimizer_factory, self.schedule = optimizer, schedule
-        self.model_path = network.path
+        self.model_path = self.network_spec.path
         self.network: ScalarModel | None = None
         self.train_means, self.eval_means = Means(NAMES, totals=["num_tokens"]), Means(NAMES, totals=["num_tokens"])
         self.guard = StepGuard()
+
+    on_before_batch_transfer = reads(StepwiseBatch)
 
     def configure_model(self) -> None:
         """Load or build the network, once."""

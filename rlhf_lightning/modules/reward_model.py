@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlhf_lightning.batches import UnpairedBatch
+from rlhf_lightning.batches import PreferenceBatch, RankingBatch, UnpairedBatch
 from rlhf_lightning.data.module import RowsDataModule
 from rlhf_lightning.data.sources import Kind
 from rlhf_lightning.errors import UserError
@@ -20,9 +20,11 @@ from rlhf_lightning.functional.calibration import COLDEST, HOTTEST, first_half, 
 from rlhf_lightning.functional.ensembles import disagreement
 from rlhf_lightning.functional.ranking import expected_calibration_error
 from rlhf_lightning.losses import BradleyTerryLoss, LabelledLoss, ListLoss, RankingLoss
+from rlhf_lightning.losses.checks import require_interface
 from rlhf_lightning.models.ensemble import Ensemble, ScalarEnsemble, build_reward_model, members_of
 from rlhf_lightning.models.scalar_head import ScalarModel
-from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.models.spec import Model, as_spec
+from rlhf_lightning.modules.batch_checks import reads
 from rlhf_lightning.modules.guard import StepGuard, with_router_loss
 from rlhf_lightning.modules.half_precision import prepare_precision
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
@@ -63,7 +65,7 @@ class RewardModelModule(LightningModule):
 
     def __init__(
         self,
-        network: ModelSpec,
+        network: Model,
         loss: RankingLoss | ListLoss | LabelledLoss = BradleyTerryLoss(),  # noqa: B008  (frozen)
         optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-5),
         schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
@@ -86,15 +88,18 @@ class RewardModelModule(LightningModule):
                 is measured on those of the other half.
         """
         super().__init__()
-        self.network_spec, self.loss, self.normalise, self.calibrate = network, loss, normalise, calibrate
+        require_interface("loss", loss, RankingLoss, ListLoss, LabelledLoss)
+        self.network_spec, self.loss, self.normalise, self.calibrate = as_spec(network), loss, normalise, calibrate
         self.optimizer_factory, self.schedule, self.ensemble = optimizer, schedule, ensemble
-        self.model_path = network.path
+        self.model_path = self.network_spec.path
         self.network: ScalarModel | ScalarEnsemble | None = None
         self.train_means, self.eval_means = score_means(), score_means()
         self.guard = StepGuard()
         self.measured_at: int | None = None
         self.measure_due = False
         self._eval_differences: list[Tensor] = []
+
+    on_before_batch_transfer = reads(PreferenceBatch, RankingBatch, UnpairedBatch)
 
     def configure_model(self) -> None:
         """Load or build the network, once."""

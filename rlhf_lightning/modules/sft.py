@@ -13,7 +13,8 @@ from rlhf_lightning.functional.masked import masked_sum
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork, PolicyOutput
-from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.models.spec import Model, as_spec
+from rlhf_lightning.modules.batch_checks import reads
 from rlhf_lightning.modules.guard import StepGuard, with_router_loss
 from rlhf_lightning.modules.half_precision import prepare_precision
 from rlhf_lightning.modules.handoff import check_context, shard_if_asked, training_tokenizer
@@ -34,7 +35,7 @@ class SFTModule(LightningModule):
 
     def __init__(
         self,
-        policy: ModelSpec,
+        policy: Model,
         optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=2e-5),
         schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
         sampling: SamplingParameters = SamplingParameters(),  # noqa: B008  (frozen)
@@ -49,11 +50,13 @@ class SFTModule(LightningModule):
         """
         super().__init__()
         self.sampling = sampling
-        self.policy_spec, self.optimizer_factory, self.schedule = policy, optimizer, schedule
-        self.model_path = policy.path
+        self.policy_spec, self.optimizer_factory, self.schedule = as_spec(policy), optimizer, schedule
+        self.model_path = self.policy_spec.path
         self.policy: PolicyNetwork | None = None
         self.train_means, self.eval_means = Means(NAMES, totals=["num_tokens"]), Means(NAMES, totals=["num_tokens"])
         self.guard = StepGuard()
+
+    on_before_batch_transfer = reads(SequenceBatch)
 
     def configure_model(self) -> None:
         """Load or build the policy, once."""

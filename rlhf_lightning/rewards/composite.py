@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.losses.checks import require_interface
 from rlhf_lightning.rewards.reward import Reward, Samples, applicable_scores
 
 if TYPE_CHECKING:
@@ -24,12 +25,19 @@ class WeightedRewards(Reward):
     skips_special_tokens = False  # its rewards are asked each for itself
 
     def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
-        """Args: the rewards, and a weight each (1 if not given)."""
+        """Check the weights.
+
+        Args:
+            rewards: What is added up, one or more.
+            weights: One for each reward; None for 1 each.
+        """
         self.rewards = rewards
         self._parts: dict[str, Tensor] = {}
         self.weights = weights if weights is not None else [1.0] * len(rewards)
         if not rewards or len(self.weights) != len(rewards):
             raise UserError(f"{len(rewards)} rewards and {len(self.weights)} weights; give one weight a reward")
+        for index, reward in enumerate(rewards):
+            require_interface(f"rewards[{index}]", reward, Reward)
         self.logs_metrics = any(reward.logs_metrics for reward in rewards)
         self.reads_trainer_state = any(reward.reads_trainer_state for reward in rewards)
 

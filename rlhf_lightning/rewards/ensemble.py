@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.ensembles import disagreement, uncertainty_weighted, worst_case
-from rlhf_lightning.losses.checks import require_not_negative
+from rlhf_lightning.losses.checks import require_interface, require_not_negative
 from rlhf_lightning.rewards.reward import Reward, Samples
 from rlhf_lightning.rewards.reward_model import RewardModelReward
 
@@ -39,7 +39,11 @@ class WorstCase(Combination):
 
 @dataclass(frozen=True)
 class UncertaintyWeighted(Combination):
-    """The mean less ``coefficient`` variances: :func:`rlhf_lightning.functional.ensembles.uncertainty_weighted`."""
+    """The mean less ``coefficient`` variances: :func:`rlhf_lightning.functional.ensembles.uncertainty_weighted`.
+
+    Attributes:
+        coefficient: Weight of the variance. At least 0.
+    """
 
     coefficient: float = 0.5
 
@@ -83,6 +87,7 @@ class EnsembleReward(Reward):
         """
         paths = [path] if isinstance(path, str) else path
         self.readers = [Members(each, batch_size, dtype) for each in paths]
+        require_interface("combination", combination, Combination)
         self.combination = combination
         self._disagreement: Tensor | None = None
 

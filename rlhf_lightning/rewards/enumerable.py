@@ -11,7 +11,11 @@ class EnumerableReward(Reward):
     """Looks a response up, by its token ids: the very table that the world's optimum is computed from."""
 
     def __init__(self, world: EnumerableWorld) -> None:
-        """Args: the world that the prompts come from, with its seed."""
+        """Remember the world.
+
+        Args:
+            world: The world that the prompts come from, with its seed.
+        """
         self.world = world
 
     @property

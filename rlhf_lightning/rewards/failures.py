@@ -1,5 +1,6 @@
 """What happens when a reward raises, hangs or returns nonsense in the middle of a run."""
 
+import inspect
 import logging
 import threading
 import traceback
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import UserError, harmless
+from rlhf_lightning.losses.checks import require_interface
 from rlhf_lightning.rewards.reward import Reward, Samples, checked_scores
 
 if TYPE_CHECKING:
@@ -78,6 +80,12 @@ class GuardedReward(Reward):
             all_sum: Sums a scalar over ranks.
             state: Returns where the training is.
         """
+        if inspect.isroutine(reward):
+            name = reward.__name__
+            raise UserError(
+                f"reward: {name} is a function; give FunctionReward({name}), from rlhf_lightning.rewards.function"
+            )
+        require_interface("reward", reward, Reward)
         self.reward, self.plan, self.all_sum, self.state_of_training = reward, plan, all_sum, state
         self.logged: dict[str, list[float]] = {}
         self.validated: dict[str, list[float]] = {}  # what was logged in the validation that is under way

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.losses.checks import require_interface
 from rlhf_lightning.rewards.function import find_function
 from rlhf_lightning.rewards.reward import Reward, Samples
 
@@ -37,7 +38,11 @@ class FunctionJudge(Judge):
     """``f(prompts, first, second) -> list[float]``: for each prompt, how probably the first text is the better one."""
 
     def __init__(self, function: str | Callable[..., Any]) -> None:
-        """Args: the function, or where it stands: ``package.module.name`` or ``path/to/file.py:name``."""
+        """Find the function.
+
+        Args:
+            function: The function, or its location: ``package.module.name`` or ``path/to/file.py:name``.
+        """
         self.function = find_function(function) if isinstance(function, str) else function
 
     @property
@@ -63,7 +68,12 @@ class WinRateReward(Reward):
     """
 
     def __init__(self, judge: Judge) -> None:
-        """Args: who compares."""
+        """Remember the judge.
+
+        Args:
+            judge: Compares two responses to a prompt.
+        """
+        require_interface("judge", judge, Judge)
         self.judge = judge
 
     @property

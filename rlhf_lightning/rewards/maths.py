@@ -29,8 +29,13 @@ class FinalAnswerReward(Reward):
     """1 where the final answer is the row's, as a number or word for word; else 0."""
 
     def __init__(self, answer: str = "answer", place: Place = "any") -> None:
-        r"""Args: the column with the true answer; where to look in a response: "boxed", after "hashes" (####), "last_number",
-        or "any" of these, in that order."""
+        """Remember what to compare.
+
+        Args:
+            answer: Column with the true answer.
+            place: Where to look in a response: "boxed", after "hashes" (####), "last_number", or "any" of these, in that
+                order.
+        """
         self.answer, self.place = answer, place
 
     def score(self, samples: Samples) -> list[float | None]:

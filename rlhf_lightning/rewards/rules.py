@@ -151,7 +151,12 @@ class OverlongPenalty(Reward):
     skips_special_tokens = False  # it counts tokens
 
     def __init__(self, max_length: int, buffer: int) -> None:
-        """Args: tokens at which the penalty is whole (``sampling.max_new_tokens``), and over how many it grows."""
+        """Check the lengths.
+
+        Args:
+            max_length: Tokens from which on the penalty is -1; usually ``sampling.max_new_tokens``.
+            buffer: Number of tokens before that over which the penalty grows.
+        """
         if not 1 <= buffer <= max_length:
             raise UserError(f"OverlongPenalty: a buffer of {buffer} tokens; it is from 1 to max_length, {max_length}")
         self.max_length, self.buffer = max_length, buffer
@@ -165,7 +170,12 @@ class RepetitionPenalty(Reward):
     """Minus the share of n-grams that stood there before: 0 where none is repeated, towards -1 for one word over and over."""
 
     def __init__(self, n: int = 3, unit: Unit = "words") -> None:
-        """Args: the length of an n-gram, and of what: "words" (without case), "tokens" or "characters"."""
+        """Check the length.
+
+        Args:
+            n: Length of an n-gram.
+            unit: "words" (without case), "tokens" or "characters".
+        """
         if n < 1:
             raise UserError(f"RepetitionPenalty: n is at least 1, not {n}")
         self.n, self.unit = n, unit

@@ -11,7 +11,11 @@ class GoldReward(Reward):
     """The world's own reward. For evaluation, and for asking how much is lost by learning a reward instead."""
 
     def __init__(self, world: HHHWorld | SumsWorld) -> None:
-        """Args: the world, with the seed that made the prompts."""
+        """Remember the world.
+
+        Args:
+            world: The world, with the seed that made the prompts.
+        """
         self.world = world
 
     @property

@@ -84,7 +84,10 @@ class GroupMean(ResponseAdvantages):
     """GRPO's, in units of the deviation of the group, of the batch, or of none (Dr.GRPO).
 
     The mean counts the response itself, which leaves (k-1)/k of its reward beside a KL in the loss.
-    :func:`rlhf_lightning.functional.groups.group_advantages`.
+    See :func:`rlhf_lightning.functional.groups.group_advantages`.
+
+    Attributes:
+        scale: Deviation that advantages are divided by: of the "group", of the "batch", or "none".
     """
 
     scale: Scale = "group"

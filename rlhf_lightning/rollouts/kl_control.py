@@ -27,7 +27,11 @@ class FixedKL(KLControl):
     """A constant coefficient."""
 
     def __init__(self, coef: float = 0.05) -> None:
-        """Args: the coefficient, >= 0."""
+        """Check the coefficient.
+
+        Args:
+            coef: Weight of the KL penalty. At least 0.
+        """
         if coef < 0:
             raise UserError(f"the KL coefficient must not be negative, not {coef}")
         self.coef = coef
@@ -40,7 +44,13 @@ class AdaptiveKL(KLControl):
     """Steers the KL to a target: :func:`rlhf_lightning.functional.rewards.adaptive_kl_coef`."""
 
     def __init__(self, init: float = 0.15, target: float = 6.0, horizon: float = 10_000) -> None:
-        """Args: the first coefficient, the target in nats a response, and the episodes it takes to react in full."""
+        """Check the numbers.
+
+        Args:
+            init: The first coefficient.
+            target: KL of a response to steer to, in nats.
+            horizon: Number of episodes that a full reaction takes.
+        """
         if min(init, target, horizon) <= 0:
             raise UserError(f"AdaptiveKL needs positive numbers, not {init=}, {target=}, {horizon=}")
         self.coef, self.target, self.horizon = init, target, horizon
