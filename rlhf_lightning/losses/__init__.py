@@ -17,7 +17,7 @@ from rlhf_lightning.losses.dpo import (
 )
 from rlhf_lightning.losses.implicit_rewards import APODownLoss, APOZeroLoss, BCOPairLoss, NCALoss, SPPOHardLoss
 from rlhf_lightning.losses.mixed import MixedLoss, WPOLoss
-from rlhf_lightning.losses.pairs import Needs, PairLoss, Pairs, ScoredResponses
+from rlhf_lightning.losses.pairs import BetaLoss, Needs, PairLoss, Pairs, ScoredResponses
 from rlhf_lightning.losses.policy import (
     CISPOLoss,
     ClippedLoss,
@@ -47,6 +47,7 @@ __all__ = [
     "AlphaDivergence",
     "BCOPairLoss",
     "BCOUnpairedLoss",
+    "BetaLoss",
     "BradleyTerryLoss",
     "CISPOLoss",
     "CPOLoss",

@@ -25,14 +25,13 @@ SHOWN = 6  # keys of a dictionary in the message
 
 
 def reads(*kinds: type) -> Any:
-    """Lightning's hook ``on_before_batch_transfer`` of a module that reads these kinds of batches."""
+    """Lightning's hooks ``on_train_batch_start`` and its relatives, of a module that reads these kinds of batches."""
 
-    def on_before_batch_transfer(self: Any, batch: Any, dataloader_idx: int) -> Any:
+    def on_batch_start(self: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Refuse a batch of another kind, such as the dictionaries of a user's own DataLoader."""
         check_batch(self, batch, kinds)
-        return batch
 
-    return on_before_batch_transfer
+    return on_batch_start
 
 
 def check_batch(module: Any, batch: Any, kinds: tuple[type, ...]) -> None:

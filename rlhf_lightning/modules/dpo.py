@@ -81,7 +81,9 @@ class DPOModule(LightningModule):
         self.train_means, self.eval_means = Means(names, totals=["num_tokens"]), Means(names, totals=["num_tokens"])
         self.guard = StepGuard()
 
-    on_before_batch_transfer = reads(PreferenceBatch)
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = reads(
+        PreferenceBatch
+    )
 
     def configure_model(self) -> None:
         """Load the policy and its reference, once."""

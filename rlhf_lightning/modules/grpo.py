@@ -127,7 +127,7 @@ class GRPOModule(LightningModule):
         self.drawn: Drawn | None = None  # the last iteration's
         self.parts: dict[str, Tensor] = {}  # scores of each part of the reward for all that was drawn in it
 
-    on_before_batch_transfer = reads(PromptBatch)
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = reads(PromptBatch)
     configure_callbacks = refuse_trainer_steps
 
     def configure_model(self) -> None:

@@ -105,7 +105,9 @@ class KTOModule(LightningModule):
         if counts is not None and self.trainer.is_global_zero:
             report_balance(self.loss, *counts)
 
-    on_before_batch_transfer = reads(UnpairedBatch)
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = reads(
+        UnpairedBatch
+    )
 
     def configure_model(self) -> None:
         """Load the policy and its reference, once."""

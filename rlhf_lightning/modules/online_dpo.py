@@ -123,7 +123,7 @@ class OnlineDPOModule(LightningModule):
         self.update_means, self.eval_means = update_means(), Means(EVALUATION)
         self.last_rollout: tuple[Responses, Tensor] | None = None
 
-    on_before_batch_transfer = reads(PromptBatch)
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = reads(PromptBatch)
     configure_callbacks = refuse_trainer_steps
 
     def configure_model(self) -> None:

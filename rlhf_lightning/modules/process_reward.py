@@ -58,7 +58,9 @@ class ProcessRewardModule(LightningModule):
         self.train_means, self.eval_means = Means(NAMES, totals=["num_tokens"]), Means(NAMES, totals=["num_tokens"])
         self.guard = StepGuard()
 
-    on_before_batch_transfer = reads(StepwiseBatch)
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = reads(
+        StepwiseBatch
+    )
 
     def configure_model(self) -> None:
         """Load or build the network, once."""

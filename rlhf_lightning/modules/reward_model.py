@@ -99,7 +99,9 @@ class RewardModelModule(LightningModule):
         self.measure_due = False
         self._eval_differences: list[Tensor] = []
 
-    on_before_batch_transfer = reads(PreferenceBatch, RankingBatch, UnpairedBatch)
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = reads(
+        PreferenceBatch, RankingBatch, UnpairedBatch
+    )
 
     def configure_model(self) -> None:
         """Load or build the network, once."""

@@ -56,7 +56,9 @@ class SFTModule(LightningModule):
         self.train_means, self.eval_means = Means(NAMES, totals=["num_tokens"]), Means(NAMES, totals=["num_tokens"])
         self.guard = StepGuard()
 
-    on_before_batch_transfer = reads(SequenceBatch)
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = reads(
+        SequenceBatch
+    )
 
     def configure_model(self) -> None:
         """Load or build the policy, once."""

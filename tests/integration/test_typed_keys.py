@@ -2,11 +2,11 @@
 
 import pytest
 
-from rlhf_lightning.cli import BuildOnly, run_trainer
-from rlhf_lightning.commands.parser import keys_as_typed
+from rlhf_lightning.commands.parser import keys_as_typed, users_mistakes
 from rlhf_lightning.commands.typed_keys import nearest
 from rlhf_lightning.errors import UserError
 from tests.integration.test_bad_input import SFT, WORLD, refused
+from tests.parsers import trainer_parsers
 
 DPO = [
     "fit",
@@ -25,27 +25,10 @@ FIT = [*SFT, *WORLD]
 SAMPLE = ["sample", "--policy.path", "x", "--prompts.source", "HHHWorld", "--reward", "GoldReward", "--output", "o"]
 
 
-class Built(Exception):
-    """Carries a parser out of the command line that built it."""
-
-
-class ParserOnly(BuildOnly):
-    def parse_arguments(self, parser, args):
-        raise Built(parser, self._subcommand_parsers)
-
-
-@pytest.fixture(scope="module")
-def trainer_parser():
-    """The parser of fit, validate, test and predict, built once: that takes longer than to use it."""
-    with pytest.raises(Built) as built:
-        run_trainer(["fit"], ParserOnly)
-    return built.value.args
-
-
 @pytest.fixture
-def error_of(trainer_parser, capsys):
+def error_of(capsys):
     """The error over a command line that is refused while it is parsed."""
-    parser, commands = trainer_parser
+    parser, commands = trainer_parsers()
 
     def error(*args):
         if args[0] not in commands:
@@ -146,6 +129,30 @@ def test_an_unknown_key_is_named_in_full_with_the_nearest(error_of, args, said):
         ([*FIT, "--wandb", "onlin"], "--wandb: 'onlin' is not one of offline, online, disabled; did you mean online?"),
         ([*FIT, "--model.policy.architecture", "nope"], "--model.policy.architecture: 'nope' is not a mapping or null"),
         ([*DPO, "--model.loss", "DPOLos"], "--model.loss: 'DPOLos' is not a class that fits here; did you mean DPOLoss?"),
+        ([*DPO, "--model.loss", "dpo"], "--model.loss: 'dpo' is not a class that fits here; did you mean DPOLoss?"),
+        (["fit", "--model", "ppo", *WORLD], "--model: 'ppo' is not a class that fits here; did you mean PPOModule?"),
+        (
+            [*FIT[:-4], "--data", "DemonstrationData"],
+            "--data: 'DemonstrationData' is not a class that fits here; did you mean DemonstrationDataModule?",
+        ),
+        ([*FIT, "--model.optimizer", "adamw"], "--model.optimizer: 'adamw' is not a class that fits here; did you mean AdamW?"),
+        (
+            [*FIT, "--model.optimizer", "torch.optim.AdmW"],
+            "--model.optimizer: 'torch.optim.AdmW' is not a class that fits here; did you mean AdamW?",
+        ),
+        (
+            [*FIT, "--trainer.callbacks", "[{class_path: EarlyStoping}]"],
+            "--trainer.callbacks.0.class_path: 'EarlyStoping' is not a class that fits here; did you mean EarlyStopping?",
+        ),
+        (
+            [*SAMPLE[:6], "GoldRewrd", *SAMPLE[7:]],
+            "--reward: 'GoldRewrd' is not a class that fits here; did you mean GoldReward?",
+        ),
+        (
+            [*GRPO, "FunctionReward", "--model.advantages", "group_mean"],
+            "--model.advantages: 'group_mean' is not a class that fits here; did you mean GroupMean?",
+        ),
+        ([*GRPO, "GoldReward"], "--model.reward.world is required; give it as a flag or in a config file"),
         (["fit", "--model", "SFTModul", *WORLD], "--model: 'SFTModul' is not a class that fits here; did you mean SFTModule?"),
         (
             [*FIT, "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=x", "--trainer.callbacks.patience", "x"],
@@ -203,6 +210,78 @@ def test_in_a_config_file_the_file_is_named_too(tmp_path, error_of, text, said):
     file.write_text(text)
     command = ["fit", "-c", str(file), *WORLD] if "SFTModule" in text else ["fit", "-c", str(file), *SFT[1:], *WORLD]
     assert error_of(*command) == f"error: {file}:{said}"
+
+
+def test_a_class_of_another_kind_is_not_taken_for_a_misspelling(error_of):
+    said = error_of(*DPO, "--model.loss", "KTOLoss")
+    assert "did you mean" not in said
+    assert "these do: AOTLoss" in said
+
+
+def test_a_file_given_as_a_value_is_named_with_its_line(tmp_path, error_of):
+    (tmp_path / "loss.yaml").write_text("class_path: DPOLoss\ninit_args:\n  bta: 0.2\n")
+    (tmp_path / "model.yaml").write_text(
+        "class_path: DPOModule\ninit_args:\n  policy: x\n  loss: {class_path: DPOLss}\n"
+    )
+    nested = tmp_path / "run.yaml"
+    nested.write_text("model: {class_path: DPOModule, init_args: {policy: x, loss: loss.yaml}}\n")
+    key = "model.init_args.loss.init_args"
+    assert error_of("fit", "-c", str(nested), *DPO[5:]) == (
+        f"error: {tmp_path}/loss.yaml:3, {key}.bta is not a key; did you mean {key}.beta?"
+    )
+    assert error_of("fit", "--model", str(tmp_path / "model.yaml"), *DPO[5:]) == (
+        f"error: {tmp_path}/model.yaml:4, model.init_args.loss.class_path: 'DPOLss' is not a class that fits here; did you "
+        "mean DPOLoss?"
+    )
+
+
+def built(*args):
+    """The error over a command line whose classes are refused when they are instantiated."""
+    parser, commands = trainer_parsers()
+    typed = commands["fit"], args[1:]
+    with pytest.raises(UserError) as refusal, keys_as_typed(*typed), users_mistakes(*typed):
+        parser.instantiate_classes(parser.parse_args(list(args)))
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (
+            [*DPO, "--model.loss", "DPOLoss", "--model.loss.beta=-1"],
+            "--model.loss.beta: beta must be positive, not -1.0",
+        ),
+        (
+            [
+                *[*DPO, "--model.loss", "MixedLoss", "--model.loss.weights", "[1, 1]"],
+                *["--model.loss.losses", "[DPOLoss, {class_path: DPOLoss, init_args: {beta: -2}}]"],
+            ],
+            "--model.loss.losses.1.init_args.beta: beta must be positive, not -2.0",
+        ),
+        (
+            [*FIT, "--model.sampling.temperature=-1"],
+            "--model.sampling.temperature: sampling: temperature must be 0 or more",
+        ),
+        ([*FIT, "--data.split.validation", "3"], "--data.split.validation: split out of range"),
+        ([*FIT, "--model.policy.path", "x"], "--model.policy.path: a model needs either `path`"),
+        ([*DPO, "--model.policy.adapter.rank", "0"], "--model.policy.adapter.rank: an adapter needs a rank"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_the_error_of_a_constructor_names_the_full_key(args, said):
+    assert built(*args).startswith(said)
+
+
+def test_the_error_of_a_constructor_names_file_and_line(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model:\n  class_path: DPOModule\n  init_args:\n    policy: x\n    loss:\n      class_path: DPOLoss\n      init_args:\n"
+        "        beta: -1\ntrainer:\n  callbacks:\n  - class_path: EarlyStopping\n    init_args: {monitor: loss, mode: min}\n"
+    )
+    args = ["fit", "-c", str(file), *DPO[5:]]
+    assert built(*args) == f"{file}:8, model.init_args.loss.init_args.beta: beta must be positive, not -1.0"
+    file.write_text(file.read_text().replace("beta: -1", "beta: 1").replace("mode: min", "mode: up"))
+    assert built(*args).startswith(f"{file}:12, trainer.callbacks.0.init_args.mode: `mode` can be")
 
 
 def test_a_flag_wins_over_a_file_and_is_the_one_that_is_named(tmp_path, error_of):
