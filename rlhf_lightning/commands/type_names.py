@@ -22,6 +22,8 @@ def _parts(kind: Any) -> list[str]:
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return [str(value) for value in inside]
+    if origin is typing.Annotated:
+        return _parts(inside[0])
     if origin in UNIONS:
         return [said for part in inside for said in _parts(part)]
     name = getattr(origin, "__name__", "")

@@ -42,14 +42,12 @@ def require_interface(name: str, value: Any, *bases: type) -> None:
     Raises:
         UserError: If a member is missing, or a method has another signature; shows what to write.
     """
+    if isinstance(value, type):
+        raise UserError(f"{name}: {value.__name__} is a class; give an object, {value.__name__}(...)")
     own = [base for base in bases if isinstance(value, base)] or list(bases)
     wrong = [problem(value, base) for base in own]
-    if None in wrong:
-        return
-    given = value.__name__ if isinstance(value, type) else type(value).__name__
-    if isinstance(value, type):
-        raise UserError(f"{name}: {given} is a class; give an object, {given}(...)")
-    raise UserError(f"{name}: {given} {wrong[0]}; {' or '.join(contract(base) for base in own)}")
+    if None not in wrong:
+        raise UserError(f"{name}: {type(value).__name__} {wrong[0]}; {' or '.join(contract(base) for base in own)}")
 
 
 def problem(value: Any, base: type) -> str | None:

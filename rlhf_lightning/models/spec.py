@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, overload
 
 from rlhf_lightning.errors import UserError
 
@@ -91,7 +91,8 @@ class ModelSpec:
 if TYPE_CHECKING:
     Model: TypeAlias = ModelSpec | str | Path
 else:
-    Model = ModelSpec | str  # what a config can say
+    # What a config can say. Annotated: an argument of ``ModelSpec | str | None`` without a default can't be null in a config.
+    Model = Annotated[ModelSpec | str, "a path stands for a description"]
 
 
 @overload

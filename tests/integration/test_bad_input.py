@@ -231,12 +231,14 @@ def ppo_on_the_world(tmp_path, *more):
 
 @pytest.mark.parametrize(
     ("flag", "value", "words"),
-    [("accumulate_grad_batches", "2", "accumulation"), ("gradient_clip_val", "1.0", "gradient clipping")],
+    [
+        ("accumulate_grad_batches", "2", "model.update.micro_batch_size"),
+        ("gradient_clip_val", "0.5", "set model.update.max_grad_norm to 0.5"),
+    ],
 )
 def test_flags_of_a_trainer_that_does_not_step_are_refused_before_the_first(tmp_path, capsys, flag, value, words):
     said = refused(capsys, *ppo_on_the_world(tmp_path, f"--trainer.{flag}", value))
     assert words in said
-    assert "manual optimization" in said
     assert not (tmp_path / "run").exists()
 
 
