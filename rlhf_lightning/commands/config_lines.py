@@ -89,6 +89,10 @@ def keys_of_file(file: str, prefix: str = "", opened: tuple[Path, ...] = ()) -> 
         where = getattr(error, "problem_mark", None)
         line = f":{where.line + 1}" if where is not None else ""
         raise UserError(f"{file}{line}: {getattr(error, 'problem', None) or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not a text file in UTF-8; give a YAML file") from error
+    except RecursionError as error:
+        raise UserError(f"{file}: lists or mappings are nested too deep") from error
     for typed in _inside(node, prefix, file):
         yield typed
         yield from _file_given_as_value(typed.value, typed.key, (*opened, Path(file)))

@@ -8,13 +8,12 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from rlhf_lightning.commands.config_lines import Typed
 from rlhf_lightning.commands.typed_keys import CommandLine
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.losses.checks import abstract_methods, contract
 
+LIGHTNINGS = "MisconfigurationException"  # by name: importing it takes seconds, which an early error need not spend
 CONSTRUCTORS = ("__init__", "__post_init__")
 ABSTRACT = re.compile(r"Can't instantiate abstract class (\w+)")
 
@@ -31,7 +30,7 @@ def located(error: BaseException, parser: ArgumentParser, args: Sequence[str]) -
         One that names the place; None where no constructor of a class of this config raised the error.
     """
     cause = raised_first(error)
-    if not isinstance(cause, UserError | ValueError | TypeError | MisconfigurationException):
+    if not isinstance(cause, UserError | ValueError | TypeError) and type(cause).__name__ != LIGHTNINGS:
         return None
     line = CommandLine(args, parser)
     if isinstance(cause, TypeError):
@@ -114,6 +113,8 @@ def _of_abstract_class(message: str, line: CommandLine) -> UserError | None:
     found = ABSTRACT.search(message)
     if found is None:
         return None
+    from rlhf_lightning.losses.checks import abstract_methods, contract  # not above: it needs torch
+
     for key in line.keys:
         for cls in line.chosen(key):
             if cls.__name__ == found[1] and inspect.isabstract(cls):

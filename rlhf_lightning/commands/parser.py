@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, _typehints
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rlhf_lightning.commands.constructor_errors import located
@@ -80,6 +79,8 @@ def users_mistakes(parser: ArgumentParser, args: Sequence[str]) -> Iterator[None
         parser: That of the command.
         args: The command line, without the command.
     """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException  # not above: it needs torch
+
     try:
         yield
     except (UserError, ValueError, TypeError, MisconfigurationException) as error:

@@ -25,7 +25,6 @@ from rlhf_lightning.commands.class_names import (
     subclasses,
 )
 from rlhf_lightning.commands.config_lines import Typed, plain_key, typed_keys
-from rlhf_lightning.losses.checks import abstract_methods, contract
 
 UNKNOWN = re.compile(
     r"unrecognized arguments: --(?P<flag>[^\s=]+)"
@@ -174,6 +173,8 @@ class CommandLine:
         names = fitting_names(bases)
         listed = f"; these do: {', '.join(names)}" if 0 < len(names) <= MANY_CLASSES else ""
         if (cls := imported(typed.value)) is not None and bases:
+            from rlhf_lightning.losses.checks import abstract_methods, contract  # not above: it needs torch
+
             lacking = f"; it has no {', '.join(abstract_methods(cls))}" if inspect.isabstract(cls) else ""
             return f"{lacking}; {contract(bases[0])}", listed
         own = [name for name, x in vars(module).items() if isinstance(x, type)] if module else []
