@@ -13,6 +13,8 @@ from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import PolicyNetwork
 from rlhf_lightning.models.spec import LoRA, ModelSpec
 from rlhf_lightning.modules import DPOModule, PPOModule
+from rlhf_lightning.rewards.world import GoldReward
+from rlhf_lightning.worlds import HHHWorld
 from tests.unit.models.adapted import LORA, bytes_beside, change, exported, learnt, parameters_alive
 
 LINEARS = {  # shapes of the linear layers of one block, in and out
@@ -143,7 +145,7 @@ def test_no_second_set_of_weights_exists(base, tokenizer, architecture):
 @pytest.mark.parametrize("method", ["dpo", "ppo"])
 def test_no_module_keeps_a_second_set(base, architecture, method):
     before, spec = parameters_alive(), ModelSpec(path=base, adapter=LORA)
-    module = DPOModule(spec) if method == "dpo" else PPOModule(spec, spec, reward=None)
+    module = DPOModule(spec) if method == "dpo" else PPOModule(spec, spec, GoldReward(HHHWorld()))
     module.configure_model()  # with the tokenizer of the folder
     adapter = sum(LORA.rank * (i + o) for i, o in 2 * LINEARS[architecture["model_type"]])
     weights = sum(w.numel() for w in AutoModelForCausalLM.from_pretrained(base).parameters())
