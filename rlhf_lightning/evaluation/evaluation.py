@@ -18,7 +18,7 @@ from rlhf_lightning.data.splits import Split, drawn, load_part
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.answers import Answerer, Answers
 from rlhf_lightning.evaluation.leaderboard import envelope
-from rlhf_lightning.evaluation.statistics import estimate, win_rate
+from rlhf_lightning.evaluation.statistics import estimate, prompt_clusters, win_rate
 from rlhf_lightning.evaluation.world import (
     Judged,
     best_of,
@@ -252,10 +252,11 @@ class RewardEvaluation(Evaluation):
             for name, path in policies.items()
         }
         scores = {name: _scores(reward, given) for name, given in answers.items()}
+        clusters = prompt_clusters(prompts)
         return {
             "policies": {name: {"held_out/sampled": _plain_summary(answers[name], scores[name])} for name in policies},
             "comparisons": {
-                name: {"held_out/sampled": {"win_rate": win_rate(scores[name], scores[base])._asdict()}}
+                name: {"held_out/sampled": {"win_rate": win_rate(scores[name], scores[base], clusters)._asdict()}}
                 for name in policies
                 if name != base
             },
@@ -274,7 +275,7 @@ class RewardEvaluation(Evaluation):
 
 def _plain_summary(answers: Answers, scores: Any) -> dict[str, Any]:
     return {
-        "score": estimate(scores)._asdict(),
+        "score": estimate(scores, prompt_clusters(answers.prompts))._asdict(),
         "kl": float(answers.kl.mean()),
         "length": float(answers.lengths.mean()),
         "truncated": float(answers.truncated.mean()),

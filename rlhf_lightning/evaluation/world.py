@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from rlhf_lightning.evaluation.answers import Answers
 from rlhf_lightning.evaluation.best_of_n import best_of_n_curve
-from rlhf_lightning.evaluation.statistics import estimate, win_rate
+from rlhf_lightning.evaluation.statistics import estimate, prompt_clusters, win_rate
 from rlhf_lightning.worlds import GoldScore, HHHWorld
 
 Gold = NDArray[np.floating]
@@ -39,8 +39,8 @@ class Judged(NamedTuple):
 
     @property
     def clusters(self) -> list[str]:
-        """The text of each prompt: the same one may be asked more than once."""
-        return [str(prompt) for prompt in self.answers.prompts]
+        """The cluster of each prompt: the same one may be asked more than once."""
+        return prompt_clusters(self.answers.prompts)
 
     @property
     def gold(self) -> Gold:
