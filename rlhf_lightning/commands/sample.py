@@ -19,6 +19,7 @@ from rlhf_lightning.data.template_inputs import TEMPLATE_COLUMNS, set_default_va
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.best_of_n import best_of_n_table
 from rlhf_lightning.evaluation.candidates import CandidateFile, PromptRows, Scorer, described
+from rlhf_lightning.evaluation.statistics import prompt_clusters
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.losses.checks import require_interface
 from rlhf_lightning.models.export import replace_file
@@ -158,7 +159,7 @@ def summary(candidates: list[dict[str, Any]], kept: list[dict[str, Any]]) -> dic
 
     scores, weights = table("score"), np.array([row["weight"] for row in kept])
     gold = table("gold") if "gold" in candidates[0]["samples"][0] else None
-    clusters = [json.dumps(candidate["prompt"]) for candidate in candidates]
+    clusters = prompt_clusters(candidate["prompt"] for candidate in candidates)
     return {
         "prompts": len(candidates),
         "prompts_without_rows": len(candidates) - len({row["prompt_index"] for row in kept}),

@@ -1,13 +1,15 @@
 """Chat templates: from messages, tools and variables to text."""
 
+import copy
 import logging
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from rlhf_lightning.data.literal import control_tokens, literal, literal_leaves, without_eos
 from rlhf_lightning.data.loss_flags import MASKED
@@ -55,6 +57,31 @@ def eos_token(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.eos_token)
 
 
+@lru_cache(maxsize=16)
+def compiled(template: str) -> Template:
+    """The template as transformers compiles it.
+
+    Its globals are a plain dictionary: Jinja copies them twice a rendering, and a chain of mappings is slow to copy.
+    """
+    made = _compile_jinja_template(template)
+    environment = made.environment
+    return environment.template_class.from_code(environment, environment.compile(template), dict(made.globals))
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is made of JSON's types alone, which transformers gives to a template as they are."""
+    if isinstance(value, dict):
+        return type(value) is dict and all(map(is_plain, value.keys())) and all(map(is_plain, value.values()))
+    if isinstance(value, list):
+        return type(value) is list and all(map(is_plain, value))
+    return value is None or type(value) in (str, int, float, bool)
+
+
+def is_text_alone(message: Message) -> bool:
+    """Whether a message is a role and a text, and nothing else."""
+    return len(message) == 2 and type(message["role"]) is str and type(message["content"]) is str
+
+
 class Renderer:
     """A chat template with the tools and variables of one row.
 
@@ -75,17 +102,34 @@ class Renderer:
         control = control_tokens(tokenizer)
         self.eos, self.markers, self._control = eos_token(tokenizer), control.turns, control.all
         self._template = tokenizer.get_chat_template(None, inputs.tools)
-        self._tools = None if inputs.tools is None else literal_leaves(inputs.tools, self._control)
-        own: dict[str, Any] = {} if not inputs.variables else literal_leaves(dict(inputs.variables), self._control)
-        self._variables = {**tokenizer.special_tokens_map, **default_variables(tokenizer), **own}
+        self.marks_answers = bool(GENERATION.search(self._template))
+        self._shared = {**tokenizer.special_tokens_map, **default_variables(tokenizer)}
+        self._take(inputs)
 
-    @property
-    def marks_answers(self) -> bool:
-        return bool(GENERATION.search(self._template))
+    def _take(self, inputs: TemplateInputs) -> None:
+        tools, variables = inputs
+        self._tools = None if tools is None else literal_leaves(tools, self._control)
+        own: dict[str, Any] = literal_leaves(dict(variables), self._control) if variables else {}
+        self._variables = {**self._shared, **own}
+        self._plain = tools is None and is_plain(self._variables) and "documents" not in self._variables
+        self._rewrites: bool | None = None
+
+    def given(self, inputs: TemplateInputs) -> "Renderer":
+        """The same template with other variables, and with other tools where it has tools."""
+        if inputs is NOTHING:
+            return self
+        other = copy.copy(self)
+        other._take(inputs)
+        return other
 
     @property
     def rewrites_answers(self) -> bool:
         """Whether the template writes an answer with reasoning differently once another turn follows; looked up once."""
+        if self._rewrites is None:
+            self._rewrites = self._find_rewrites()
+        return self._rewrites
+
+    def _find_rewrites(self) -> bool:
         key = (self._template, repr(self._variables), self._tools is None)
         if key not in _REWRITES:
             thought = {"role": "assistant", "content": "<think>\na\n</think>\n\nb", "reasoning_content": "a"}
@@ -120,9 +164,15 @@ class Renderer:
         return text, [(start, end) for start, end in spans]
 
     def _render(self, messages: Sequence[Message], **settings: Any) -> tuple[str, Any]:
+        spoken = [self._speakable(message) for message in messages]
+        plain = self._plain and all(map(is_text_alone, spoken))
         try:
+            if plain and not (settings.get("continue_final_message") or settings.get("return_assistant_tokens_mask")):
+                # What transformers would do before and after is nothing here, and takes twice as long as the template.
+                given = {"add_generation_prompt": settings["add_generation_prompt"], "tools": None, "documents": None}
+                return compiled(self._template).render(self._variables, messages=spoken, **given), []
             rendered: Any = render_jinja_template(
-                conversations=[[self._speakable(message) for message in messages]],
+                conversations=[spoken],
                 tools=self._tools,
                 chat_template=self._template,
                 **settings,
@@ -142,6 +192,8 @@ class Renderer:
             spoken = literal(without_eos(content, self.eos), self.markers)
         else:
             spoken = literal(content, self._control)
+        if len(message) == 2:
+            return {"role": role, "content": spoken}
         others = {
             name: literal_leaves(value, self._control)
             for name, value in message.items()

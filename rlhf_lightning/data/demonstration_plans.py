@@ -1,6 +1,5 @@
 """The sequences that a demonstration is learnt as: one, or one an answer where the chat template rewrites earlier turns."""
 
-from rlhf_lightning.data.chat import Renderer
 from rlhf_lightning.data.encoding import Encoder, Mask, Masked, message_plans
 from rlhf_lightning.data.literal import literal
 from rlhf_lightning.data.loss_flags import is_learnt
@@ -18,7 +17,7 @@ def demonstration_plans(encoder: Encoder, row: Row, mask: Mask) -> list[list[Pie
     if isinstance(prompt, str):
         pieces = encoder.pair_pieces(prompt, [row["completion"]], inputs_of(row))
         return [[piece._replace(scored=True) for piece in pieces] if mask == "all" else pieces]
-    renderer = Renderer(encoder.tokenizer, inputs_of(row))
+    renderer = encoder.renderer(inputs_of(row))
     if prompt is None:
         return message_plans(renderer, row["messages"], mask)
     messages, unfinished = joined(prompt, row["completion"]), prompt[-1]["role"] == "assistant"

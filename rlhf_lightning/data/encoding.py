@@ -8,7 +8,7 @@ messages and tools the ones that mark turns are ordinary text, and a response ne
 :mod:`.literal`). Markers that are no tokens, such as "[INST]" or "User:", can't be told from text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Literal, NamedTuple
 
@@ -58,20 +58,41 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises UserError if the tokenizer has no EOS."""
-        eos_token(tokenizer)
+        self.eos_text = eos_token(tokenizer)
         self.tokenizer, self.bos, self.eos = tokenizer, tokenizer.bos_token_id, tokenizer.eos_token_id
         self.uses_bos = uses_bos(tokenizer)
+        self._renderers: dict[bool, Renderer] = {}
+
+    def renderer(self, inputs: TemplateInputs) -> Renderer:
+        """The chat template with the tools and variables of a row; templates are looked up once, with and without tools.
+
+        Raises:
+            UserError: If the tokenizer has no chat template.
+        """
+        tools = inputs.tools is not None
+        if tools not in self._renderers:
+            self._renderers[tools] = Renderer(self.tokenizer, TemplateInputs([] if tools else None))
+        return self._renderers[tools].given(inputs)
 
     def encode_rows(self, rows: list[list[Piece]]) -> list[list[list[int]]]:
         """Ids of each piece of each row; the first piece of a row begins the sequence, the others follow it."""
         cut = [[parts(piece.text) for piece in row] for row in rows]
-        begun = encode_beginnings(self.tokenizer, [row[0][0] for row in cut])
-        followers = [text for row in cut for text in list(chain.from_iterable(row))[1:]]
-        followed = iter(encode_continuations(self.tokenizer, followers))
+        begun = each_once(encode_beginnings, self.tokenizer, [row[0][0] for row in cut])
+        followers = []
+        for row in cut:
+            followers += row[0][1:]
+            for texts in row[1:]:
+                followers += texts
+        followed = iter(each_once(encode_continuations, self.tokenizer, followers))
         encoded = []
-        for row, first in zip(cut, begun, strict=True):
-            ids = chain([first], followed)
-            encoded.append([list(chain.from_iterable(next(ids) for _ in piece)) for piece in row])
+        for row, ids in zip(cut, begun, strict=True):
+            pieces = []
+            for number, texts in enumerate(row):
+                ids = next(followed) if number else ids
+                for _ in texts[1:]:
+                    ids = [*ids, *next(followed)]  # a new list: others may share the one that was encoded
+                pieces.append(ids)
+            encoded.append(pieces)
         return encoded
 
     def begin(self, ids: Sequence[int]) -> list[int]:
@@ -92,7 +113,7 @@ class Encoder:
         """A prompt before tokenization; see :func:`.turns.prompt_text` for messages."""
         if isinstance(prompt, str):
             return [Piece(literal(prompt, []), False, False)]
-        return [Piece(prompt_text(Renderer(self.tokenizer, inputs), prompt), False, False)]
+        return [Piece(prompt_text(self.renderer(inputs), prompt), False, False)]
 
     def pair_pieces(self, prompt: Prompt, responses: Sequence[Prompt], inputs: TemplateInputs = NOTHING) -> list[Piece]:
         """A prompt and the pieces of each response to it.
@@ -102,7 +123,7 @@ class Encoder:
         """
         texts = [response for response in responses if isinstance(response, str)]
         if isinstance(prompt, str) and len(texts) == len(responses):
-            eos = eos_token(self.tokenizer)
+            eos = self.eos_text
             said = [literal(without_eos(response, eos), [eos]) for response in texts]
             return [
                 *self.prompt_pieces(prompt),
@@ -110,7 +131,7 @@ class Encoder:
             ]
         if isinstance(prompt, str) or texts:
             raise UserError("prompt and response must both be text or both be messages")
-        return pair_pieces(Renderer(self.tokenizer, inputs), prompt, responses)  # type: ignore[arg-type]
+        return pair_pieces(self.renderer(inputs), prompt, responses)  # type: ignore[arg-type]
 
     def join_prompt(self, pieces: list[list[int]]) -> list[int]:
         """The ids of a prompt from those of its pieces.
@@ -169,6 +190,17 @@ class Encoder:
         begun = [*self.begin(joined[:opening]), *joined[opening:]]
         head = [pieces[0].scored] * max(0, len(begun) - len(joined))
         return Masked(begun, [*head, *flags][-len(begun) :] if begun else [])
+
+
+def each_once(
+    encode: Callable[[PreTrainedTokenizerBase, list[str]], list[list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+) -> list[list[int]]:
+    """The ids of texts, of which equal ones are encoded once and share a list: prompts with several answers, separators."""
+    distinct = list(dict.fromkeys(texts))
+    ids = dict(zip(distinct, encode(tokenizer, distinct), strict=True))
+    return [ids[text] for text in texts]
 
 
 def encode_pair(
@@ -264,8 +296,8 @@ def encode_messages(
         UserError: If the assistant's turns can't be located, there is none, or the template writes earlier ones differently
             once others follow, so that one sequence does not hold what the model is given at each.
     """
-    encoder, renderer = Encoder(tokenizer), Renderer(tokenizer, TemplateInputs(tools, variables))
-    plans = message_plans(renderer, messages, mask)
+    encoder = Encoder(tokenizer)
+    plans = message_plans(encoder.renderer(TemplateInputs(tools, variables)), messages, mask)
     if len(plans) > 1:
         raise UserError(
             "the chat template writes earlier turns differently once another follows: each assistant turn is a sequence of "

@@ -176,6 +176,7 @@ class Converter:
         self.format, self.kind, self.origin, self.columns, self.detected = format, kind, origin, columns, detected
         self.dropped: Counter[str] = Counter()
         self.shape = ""
+        self.alike: tuple[tuple[str, type], ...] = ()  # columns and types of the last row whose shape was checked
         read = (*format.columns, *format.optional, *ANNOTATIONS.get(kind, ()))
         self.read = tuple(name for name in read if name not in columns.unused)
         self.watches: dict[tuple[str, ...], Watch] = {}
@@ -263,7 +264,12 @@ class Converter:
 
     def respelt(self, row: Row) -> Row:
         """The row without what is left out, JSON text in cells read, and messages in the keys that readers know."""
-        read = {name: decode_cell(name, value) for name, value in row.items() if name not in self.columns.unused}
+        unused = self.columns.unused
+        read = {
+            name: decode_cell(name, value) if isinstance(value, str) else value
+            for name, value in row.items()
+            if name not in unused
+        }
         if self.columns.keys or self.columns.roles:
             read |= {name: self.columns.respell(read[name]) for name in self.read if name in read}
         return read
@@ -278,12 +284,23 @@ class Converter:
         made = VIEWS[self.kind](self.format.read(row))
         said = annotations(row, self.kind)
         new = [part | said for part in (made if isinstance(made, list) else [made])]
-        texts = {name: value for name, value in new[0].items() if isinstance(value, str | list) and name not in RANKED}
+        kinds = tuple([(name, type(value)) for name, value in new[0].items()])
+        if kinds != self.alike:
+            self.check_shape(new[0])
+            self.alike = kinds
+        return new
+
+    def check_shape(self, row: Row) -> None:
+        """See that a row is like those before it.
+
+        Raises:
+            UserError: If it holds text where they hold messages, or other columns.
+        """
+        texts = {name: value for name, value in row.items() if isinstance(value, str | list) and name not in RANKED}
         shape = ", ".join(f"'{name}' as {'text' if isinstance(v, str) else 'messages'}" for name, v in texts.items())
         self.shape = self.shape or shape
         if shape != self.shape:
             raise UserError(f"gives {shape}, where the rows before give {self.shape}; make them alike")
-        return new
 
     def reasons(self) -> str:
         """What was left out and why, in one line."""

@@ -62,7 +62,9 @@ def read_message(value: object, column: str, *, may_be_empty: bool = False) -> M
     """
     if not isinstance(value, dict):
         raise UserError(f"column '{column}' holds {value!r:.60} where a message {{role, content}} belongs")
-    given = value.get("role") or value.get("from")
+    given, said = value.get("role") or value.get("from"), value.get("content")
+    if len(value) == 2 and given in KNOWN_ROLES and isinstance(said, str) and said.strip():
+        return {"role": given, "content": said}  # as nearly all messages are, and there is nothing more to read
     if given is None:
         raise UserError(
             f"column '{column}' has a message without a role, with keys {', '.join(value)}; {key_advice(value)}"

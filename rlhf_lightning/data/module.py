@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.data.bad_rows import BadRows, Policy
 from rlhf_lightning.data.cache import dataset_hash
 from rlhf_lightning.data.chunks import make_reading
+from rlhf_lightning.data.collector import older_objects_frozen
 from rlhf_lightning.data.columns import Columns, parse_columns
 from rlhf_lightning.data.limits import numbers
 from rlhf_lightning.data.loaders import RowLoader, make_loader, placement, whereabouts
@@ -114,6 +115,7 @@ class RowsDataModule(lightning.LightningDataModule):
         if isinstance(self.source, StreamSource) and stage == "fit":
             check_stream(self.trainer)
 
+    @older_objects_frozen()
     def _load(self) -> None:
         self.tokenizer = find_tokenizer(self.tokenizer_path, self.source, self.trainer)
         set_default_variables(self.tokenizer, self.chat_template_kwargs)

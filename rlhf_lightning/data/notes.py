@@ -33,8 +33,10 @@ LIMITS = (
 
 def notes(row: Row, inputs: TemplateInputs, plans: Sequence[Sequence[Piece]]) -> Row:
     """The columns that are counted, of a row and the sequences that it becomes."""
-    tools, calls, thoughts = tool_names(inputs.tools or ()), called_names(row), reasoning(row)
     found: Row = {UNREAD_TOOLS: 0, UNREAD_REASONING: 0, TURNS: len(plans)}
+    if inputs.tools is None and not any(len(message) > 2 for message in messages_of(row)):
+        return found  # roles and texts alone, as nearly all rows are
+    tools, calls, thoughts = tool_names(inputs.tools or ()), called_names(row), reasoning(row)
     if tools or calls or thoughts:
         text = "".join(piece.text for pieces in plans for piece in pieces).replace(BREAK, "")
         found[UNREAD_TOOLS] = int(not all(name in text for name in (*tools, *calls)))

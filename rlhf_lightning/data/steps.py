@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.data.chat import eos_token
 from rlhf_lightning.data.encoding import Encoder
 from rlhf_lightning.data.limits import longest
 from rlhf_lightning.data.literal import literal, turn_markers
@@ -62,8 +61,7 @@ class StepEncoder:
 
     def pieces(self, prompt: Prompt, steps: list[str], inputs: TemplateInputs = NOTHING) -> list[Piece]:
         """A solution before tokenization: the pieces of the prompt, then each step and its separator."""
-        tokenizer = self.encoder.tokenizer
-        markers = [eos_token(tokenizer)] if isinstance(prompt, str) else turn_markers(tokenizer)
+        markers = [self.encoder.eos_text] if isinstance(prompt, str) else turn_markers(self.encoder.tokenizer)
         pieces = self.encoder.prompt_pieces(prompt, inputs)
         for step in steps:
             pieces += [Piece(literal(step, markers), True, True), Piece(self.separator, True, True)]

@@ -2,8 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -99,16 +98,20 @@ class Tokenization:
         plans: list[tuple[int, list[Piece]]] = []
         counts = []
         for index, (place, row) in enumerate(zip(places, rows, strict=True)):
-            with blame(place, row):
+            try:
                 planned: Any = self.plan(row)
                 several = planned if isinstance(planned[0], list) else [planned]
                 counts.append(notes.notes(row, inputs_of(row), several))
+            except UserError as error:
+                raise blamed(error, place, row) from error
             plans += [(index, pieces) for pieces in several]
         joined = []
         encoded = self.encoder.encode_rows([pieces for _, pieces in plans])
         for (index, pieces), ids in zip(plans, encoded, strict=True):
-            with blame(places[index], rows[index]):
+            try:
                 joined.append((index, {**self.join(rows[index], pieces, ids), **counts[index]}))
+            except UserError as error:
+                raise blamed(error, places[index], rows[index]) from error
         return joined
 
     @property
@@ -170,13 +173,14 @@ class Tokenization:
 
         def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
             indices = batch.pop(INDEX, indices)
-            rows = [{name: values[position] for name, values in batch.items()} for position in range(len(indices))]
-            empty = dict.fromkeys(features)
-            made = []
+            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+            made: list[Row] = []
             for source, new in self.try_each(rows, [ROW_PLACE] * len(rows)):
-                fault = {BAD: str(new)} if isinstance(new, UserError) else {**rows[source], **new, BAD: None}
-                made.append({**empty, **fault, INDEX: indices[source]})
-            return {name: [row[name] for row in made] for name in features}
+                found = (
+                    {BAD: str(new)} if isinstance(new, UserError) else {**rows[source], **new} if self.keeps else new
+                )
+                made.append({**found, INDEX: indices[source]})
+            return {name: [row.get(name) for row in made] for name in features}
 
         tokenizer = self.encoder.tokenizer
         settings = {"kind": self.kind, "tokenizer": tokenizer_fingerprint(tokenizer), **self.settings}
@@ -389,10 +393,6 @@ def tokenize_prompts(
     return prompts(tokenizer, max_prompt_length, long_prompts).tokenize(dataset, cache_dir)
 
 
-@contextmanager
-def blame(name: str, row: Row) -> Iterator[None]:
-    """Put the row's number and first words before what is wrong with it: after a split its number alone says little."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{name} ({str(next(iter(row.values())))[:40]!r}...): {error}") from error
+def blamed(error: UserError, name: str, row: Row) -> UserError:
+    """The error with the row's number and first words before it: after a split its number alone says little."""
+    return UserError(f"{name} ({str(next(iter(row.values())))[:40]!r}...): {error}")

@@ -10,7 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_lightning.errors import UserError, missing_model
 
@@ -181,7 +181,21 @@ def encode_beginnings(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> l
     """Ids of texts that begin a sequence, without special tokens of the tokenizer's own."""
     if not texts:
         return []
-    return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    if not is_stock(tokenizer):
+        return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    # The call puts the backend into the state that every call does. Then the backend alone gives the same ids in half the time:
+    # the tokenizer makes masks, types and offsets beside them.
+    tokenizer("", add_special_tokens=False)
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def is_stock(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether calling the tokenizer is calling its backend; some classes do more in Python."""
+    own, stock = type(tokenizer), PreTrainedTokenizerFast
+    return issubclass(own, stock) and all(
+        getattr(own, name) is getattr(stock, name) for name in ("__call__", "_encode_plus")
+    )
 
 
 def encode_continuations(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -192,7 +206,7 @@ def encode_continuations(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -
     continuing = continuing_tokenizer(tokenizer)
     if continuing is None:
         return encode_beginnings(tokenizer, texts)
-    return [encoding.ids for encoding in continuing.encode_batch(texts, add_special_tokens=False)]
+    return [encoding.ids for encoding in continuing.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 _CONTINUING: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Tokenizer | None]] = WeakKeyDictionary()

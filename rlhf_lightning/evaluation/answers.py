@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlhf_lightning.evaluation.statistics import estimate
+from rlhf_lightning.evaluation.statistics import estimate, prompt_clusters
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.native import engine_for
 from rlhf_lightning.models.frozen import Frozen
@@ -47,8 +47,8 @@ class Answers:
 
     @property
     def clusters(self) -> list[str]:
-        """The text of each prompt: the same one may be asked more than once."""
-        return [str(prompt) for prompt in self.prompts]
+        """The cluster of each prompt: the same one may be asked more than once."""
+        return prompt_clusters(self.prompts)
 
     def samples(self) -> Samples:
         """All answers in one list, those to one prompt side by side."""

@@ -40,7 +40,7 @@ class Judged(NamedTuple):
 
     @property
     def clusters(self) -> list[str]:
-        """The text of each prompt: the same one may be asked more than once."""
+        """The cluster of each prompt: the same one may be asked more than once."""
         return self.answers.clusters
 
     @property

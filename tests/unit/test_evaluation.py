@@ -21,9 +21,14 @@ def answers(text_of, samples: int = 1) -> Answers:
     return Answers(PROMPTS, texts, np.zeros(shape, bool), np.full(shape, 9.0), np.full(shape, 2.5))
 
 
+def distinct(rows):
+    """A cluster of its own for each row."""
+    return [str(row) for row in range(rows)]
+
+
 def test_the_interval_of_a_normal_mean_is_the_textbook_one():
     values = np.random.default_rng(0).normal(3.0, 2.0, 900)
-    mean, low, high = estimate(values)
+    mean, low, high = estimate(values, distinct(900))
     assert mean == pytest.approx(values.mean())
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 30, rel=0.08)
 
@@ -32,14 +37,14 @@ def test_repeated_prompts_do_not_narrow_the_interval():
     """Nine hundred rows of nine prompts know no more than nine prompts."""
     values = np.random.default_rng(1).normal(size=9)
     repeated = estimate(np.repeat(values, 100), clusters=np.repeat(np.arange(9), 100).astype(str).tolist())
-    once = estimate(values)
+    once = estimate(values, distinct(9))
     assert repeated.high - repeated.low == pytest.approx(once.high - once.low, rel=1e-9)
     assert repeated.mean == pytest.approx(once.mean)
 
 
 def test_ties_are_half_a_win():
     ours, theirs = np.array([[1.0, 0.0], [1.0, 2.0]]), np.array([[0.0, 0.0], [2.0, 3.0]])
-    assert win_rate(ours, theirs).mean == pytest.approx((1 + 0.5 + 0 + 0) / 4)
+    assert win_rate(ours, theirs, distinct(2)).mean == pytest.approx((1 + 0.5 + 0 + 0) / 4)
 
 
 def test_the_best_answers_have_gold_one_and_close_the_whole_gap():
