@@ -35,6 +35,7 @@ from rlhf_lightning.commands.imports import FLAG, POLICY, check_checkpoint, chec
 from rlhf_lightning.commands.parser import CommandParser, TrainerParser, keys_as_typed, one_line, users_mistakes
 from rlhf_lightning.commands.pipeline import pipeline
 from rlhf_lightning.commands.quiet import be_quiet
+from rlhf_lightning.commands.result import print_result
 from rlhf_lightning.commands.run_folder import ForgetFailedStart, RunFolder, SaveRunConfig, first_process
 from rlhf_lightning.commands.sample import sample
 from rlhf_lightning.data import message_trees  # noqa: F401
@@ -153,6 +154,10 @@ class RLHFCLI(LightningCLI):
             if first_process():
                 self.run_folder.abandon()
             raise UserError(f"trainer: {one_line(str(error))}") from error
+
+    def after_fit(self) -> None:
+        given = self.config[self.subcommand].get("config") or []
+        print_result(self.trainer, self.model, [Path(str(path)) for path in given])
 
     def _run_subcommand(self, subcommand: str) -> None:
         with kept_training(self.trainer), lost_ranks():
