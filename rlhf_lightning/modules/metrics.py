@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from rlhf_lightning.modules.optimization import gradient_norm
+from rlhf_lightning.modules.optimization import follow_metric, gradient_norm
 from rlhf_lightning.modules.zero import ZeROStrategy
 
 STATES = ("sums", "counts", "peaks")
@@ -165,3 +165,5 @@ def log_evaluation(module: LightningModule, means: Means, **more: Tensor) -> Non
         # At our own step: Lightning's counts batches, which under manual optimization are not optimizer steps.
         for logger in module.loggers:
             logger.log_metrics({name: float(value) for name, value in values.items()}, step=module.global_step)
+        if not module.trainer.sanity_checking:
+            follow_metric(module, values)
