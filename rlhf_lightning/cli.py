@@ -19,7 +19,7 @@ from rlhf_lightning.callbacks.export import ExportAtEnd
 from rlhf_lightning.callbacks.final_validation import FinalValidation
 from rlhf_lightning.callbacks.heartbeat import Heartbeat, lost_ranks
 from rlhf_lightning.callbacks.kept_training import SaveBeforeMeasuring, kept_training
-from rlhf_lightning.callbacks.loggers import continue_wandb, run_loggers, wandb_logger
+from rlhf_lightning.callbacks.loggers import check_installed, continue_wandb, run_loggers, wandb_logger
 from rlhf_lightning.callbacks.metrics_file import RunMetrics
 from rlhf_lightning.callbacks.predictions import PredictionLines
 from rlhf_lightning.callbacks.progress import RunProgress
@@ -75,6 +75,8 @@ class RLHFCLI(LightningCLI):
         parser.add_argument(
             "--wandb", type=Literal["offline", "online", "disabled"], default="offline", help="Where W&B metrics go."
         )
+        parser.add_argument("--wandb_group", type=str | None, default=None, help="W&B group of the run.")
+        parser.add_argument("--wandb_tags", type=list[str] | None, default=None, help="W&B tags of the run.")
         parser.add_argument("--overwrite", type=bool, default=False, help="Replace the run that the folder holds.")
         parser.add_lightning_class_args(SampleTable, "samples")
         parser.add_lightning_class_args(ExportAtEnd, "export")
@@ -101,6 +103,7 @@ class RLHFCLI(LightningCLI):
         if config.trainer.max_steps == -1 and limits == (None, None):
             # Iterations may take any number of epochs. Otherwise one: Lightning's default is a thousand.
             config.trainer.max_epochs = -1 if (config.model.get("init_args") or {}).get("iterations") else 1
+        self._check_loggers(config)
         self.run_folder = RunFolder(root)
         lines = PredictionLines.path(root)
         if self.subcommand == "predict" and lines.exists() and not config.overwrite:
@@ -111,6 +114,16 @@ class RLHFCLI(LightningCLI):
         if self.subcommand == "fit":
             self.run_folder.claim(resuming=resumed, overwrite=config.overwrite)
             self.run_folder.clear_up()
+
+    def _check_loggers(self, config: Any) -> None:
+        """A logger whose package is missing is found before anything is built."""
+        given = config.trainer.logger
+        if self.subcommand != "fit" or given is False:
+            return
+        if given in (None, True):
+            given = [] if config.wandb == "disabled" else [{"class_path": "WandbLogger"}]
+        for logger in given if isinstance(given, list) else [given]:
+            check_installed(str(logger["class_path"]))
 
     def _checked_checkpoint(self, config: Any) -> bool:
         """Whether there is one to go on from; a damaged one is found before anything is built."""
@@ -168,7 +181,8 @@ class RLHFCLI(LightningCLI):
         folder = config.trainer.default_root_dir
         given = self.config_init[self.subcommand].trainer.logger
         if given in (None, True):
-            given = [] if config.wandb == "disabled" else [wandb_logger(folder, online=config.wandb == "online")]
+            online, group, tags = config.wandb == "online", config.wandb_group, config.wandb_tags
+            given = [] if config.wandb == "disabled" else [wandb_logger(folder, online, group, tags)]
         given = given if isinstance(given, list) else [given]
         continue_wandb(given, folder)
         return run_loggers(RunMetrics(folder), given)

@@ -4,8 +4,22 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from rich.progress import TimeRemainingColumn
+from rich.table import Column
 
 from rlhf_lightning.modules.plan import RunPlan
+
+WIDE = 110  # columns of a terminal in which everything fits
+# What the bar calls metrics, so that they fit beside it; they are logged under their own names.
+LABELS = {
+    "mean_token_accuracy": "acc",
+    "accuracy": "acc",
+    "accuracies": "acc",
+    "margins": "margin",
+    "scores": "score",
+    "length": "len",
+    "mean_length": "len",
+}
 
 
 class RunProgress(RichProgressBar):
@@ -45,6 +59,34 @@ class RunProgress(RichProgressBar):
         epochs = self.trainer.max_epochs or -1
         return f"{method} epoch {current_epoch + 1}" + (f"/{epochs}" if epochs > 0 else "")
 
+    def _init_progress(self, trainer: Trainer) -> None:
+        super()._init_progress(trainer)
+        if self._metric_component is not None:  # cut off rather than wrapped, whatever is logged
+            self._metric_component._table_column = Column(no_wrap=True)
+
+    def configure_columns(self, trainer: Trainer) -> list:
+        """Lightning's columns; in a narrow terminal without what the metrics need more."""
+        description, bar, count, _, speed = super().configure_columns(trainer)
+        narrow = self._console is not None and self._console.width < WIDE
+        bar.bar_width = 4 if narrow else 20
+        return [description, bar, count, RemainingTime(), *([] if narrow else [speed])]
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
-        return {k: v for k, v in metrics.items() if k != "v_num" and not str(k).startswith(("eval/", "test/"))}
+        names = [name for name in metrics if name != "v_num" and not str(name).startswith(("eval/", "test/"))]
+        return {LABELS.get(name, name): rounded(metrics[name]) for name in names}
+
+
+class RemainingTime(TimeRemainingColumn):
+    """Time until the end of the bar; the time it took, once it is full."""
+
+    def __init__(self) -> None:
+        super().__init__(elapsed_when_finished=True)
+
+
+def rounded(value: Any) -> str:
+    """A metric in at most seven characters, of which three are decimals where it is small."""
+    if not isinstance(value, int | float):
+        return str(value)
+    decimals = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0
+    return f"{value:.{decimals}f}" if abs(value) < 1e5 else f"{value:.1e}"
