@@ -22,8 +22,12 @@ class FinalValidation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.validated = state_dict["validated"]
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.ckpt_path is not None:  # Lightning repeats its check before training where an epoch was complete
+            trainer.num_sanity_val_steps = 0
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.validated = not trainer.sanity_checking
+        self.validated = self.validated or not trainer.sanity_checking
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.validated = False

@@ -148,7 +148,7 @@ def log_evaluation(module: LightningModule, means: Means, **more: Tensor) -> Non
     """Log what a validation or test counted, under ``eval/`` or ``test/``, and forget it.
 
     Lightning's check before training is logged, at step 0, where ``trainer.num_sanity_val_steps: -1`` makes it a complete
-    validation. Lightning restores the random generators after it, and skips it in a resumed run.
+    validation. Lightning restores the random generators after it. In a resumed run it is not logged.
 
     Args:
         module: The one that is evaluated.
@@ -159,7 +159,8 @@ def log_evaluation(module: LightningModule, means: Means, **more: Tensor) -> Non
     values = {f"{stage}/{name}": value for name, value in {**means.compute(), **more}.items()}
     means.reset()
     fitting = module.trainer.state.fn == TrainerFn.FITTING
-    incomplete = module.trainer.sanity_checking and module.trainer.num_sanity_val_steps != math.inf
+    incomplete = module.trainer.num_sanity_val_steps != math.inf or module.trainer.ckpt_path is not None
+    incomplete = incomplete and module.trainer.sanity_checking
     module.log_dict(values, logger=not fitting)
     if fitting and not incomplete:
         # At our own step: Lightning's counts batches, which under manual optimization are not optimizer steps.

@@ -81,6 +81,14 @@ def test_a_resumed_run_ends_with_its_first_and_its_last_metrics(tmp_path, capsys
     assert "export:" in again
 
 
+def test_a_run_resumed_between_epochs_does_not_repeat_the_validation_before_training(tmp_path):
+    """Lightning does, and the row would be one more than in the uninterrupted run."""
+    epochs = ["--trainer.limit_train_batches", "2", "--trainer.max_epochs"]
+    folder = sft(tmp_path / "run", *epochs, "1")
+    sft(folder, *epochs, "2", "--ckpt_path", "last")
+    assert [row["step"] for row in rows(folder) if row["eval/loss"]] == ["0", "2", "4"]
+
+
 def test_the_best_checkpoint_is_named_and_other_ranks_and_stages_print_less(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv(IN_PIPELINE, "1")
     sft(tmp_path / "run", "--trainer.max_steps", "1", "--checkpoint.monitor", "eval/loss")
