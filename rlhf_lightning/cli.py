@@ -20,7 +20,7 @@ from rlhf_lightning.callbacks.checkpoint_file import LAST, WholeFiles, check_sou
 from rlhf_lightning.callbacks.final_validation import FinalValidation
 from rlhf_lightning.callbacks.heartbeat import lost_ranks
 from rlhf_lightning.callbacks.kept_training import SaveBeforeMeasuring, kept_training
-from rlhf_lightning.callbacks.loggers import continue_wandb, run_loggers, wandb_logger
+from rlhf_lightning.callbacks.loggers import check_installed, continue_wandb, run_loggers, wandb_logger
 from rlhf_lightning.callbacks.metrics_file import RunMetrics
 from rlhf_lightning.callbacks.predictions import PredictionLines
 from rlhf_lightning.callbacks.progress import RunProgress
@@ -32,6 +32,7 @@ from rlhf_lightning.commands.imports import FLAG, POLICY, check_checkpoint, chec
 from rlhf_lightning.commands.parser import OneLineErrors, command_parser, keys_as_typed, one_line, users_mistakes
 from rlhf_lightning.commands.quiet import be_quiet
 from rlhf_lightning.commands.registry import RUN_CLASSES, RUN_FLAGS, TRAINER_COMMANDS
+from rlhf_lightning.commands.result import print_result
 from rlhf_lightning.commands.run_folder import ForgetFailedStart, RunFolder, SaveRunConfig, first_process
 from rlhf_lightning.data import message_trees  # noqa: F401
 from rlhf_lightning.data.corrupted_steps import CorruptedSteps  # noqa: F401
@@ -93,6 +94,7 @@ class RLHFCLI(LightningCLI):
         if config.trainer.max_steps == -1 and limits == (None, None):
             # Iterations may take any number of epochs. Otherwise one: Lightning's default is a thousand.
             config.trainer.max_epochs = -1 if (config.model.get("init_args") or {}).get("iterations") else 1
+        self._check_loggers(config)
         self.run_folder = RunFolder(root)
         lines = PredictionLines.path(root)
         if self.subcommand == "predict" and lines.exists() and not config.overwrite:
@@ -103,6 +105,16 @@ class RLHFCLI(LightningCLI):
         if self.subcommand == "fit":
             self.run_folder.claim(resuming=resumed, overwrite=config.overwrite)
             self.run_folder.clear_up()
+
+    def _check_loggers(self, config: Any) -> None:
+        """A logger whose package is missing is found before anything is built."""
+        given = config.trainer.logger
+        if self.subcommand != "fit" or given is False:
+            return
+        if given in (None, True):
+            given = [] if config.wandb == "disabled" else [{"class_path": "WandbLogger"}]
+        for logger in given if isinstance(given, list) else [given]:
+            check_installed(str(logger["class_path"]))
 
     def _checked_checkpoint(self, config: Any) -> bool:
         """Whether there is one to go on from; a damaged one is found before anything is built."""
@@ -147,6 +159,10 @@ class RLHFCLI(LightningCLI):
                 self.run_folder.abandon()
             raise UserError(f"trainer: {one_line(str(error))}") from error
 
+    def after_fit(self) -> None:
+        given = self.config[self.subcommand].get("config") or []
+        print_result(self.trainer, self.model, [Path(str(path)) for path in given])
+
     def _run_subcommand(self, subcommand: str) -> None:
         with kept_training(self.trainer), lost_ranks():
             super()._run_subcommand(subcommand)
@@ -156,7 +172,8 @@ class RLHFCLI(LightningCLI):
         folder = config.trainer.default_root_dir
         given = self.config_init[self.subcommand].trainer.logger
         if given in (None, True):
-            given = [] if config.wandb == "disabled" else [wandb_logger(folder, online=config.wandb == "online")]
+            online, group, tags = config.wandb == "online", config.wandb_group, config.wandb_tags
+            given = [] if config.wandb == "disabled" else [wandb_logger(folder, online, group, tags)]
         given = given if isinstance(given, list) else [given]
         continue_wandb(given, folder)
         return run_loggers(RunMetrics(folder), given)

@@ -23,7 +23,12 @@ class ExportAtEnd(Callback):
 
     With ``checkpoint.monitor`` it holds the best checkpoint, and ``export-last/`` beside it the last weights; else the last
     weights. The log says which. After the fit the module has the weights of ``export/``.
+
+    Attributes:
+        exported: The folder, once it is written, and the best checkpoint if it holds that.
     """
+
+    exported: tuple[Path, "Best | None"] | None = None
 
     def __init__(self, folder: str | None = None, merge: bool = True, dtype: ExportDtype = "source") -> None:
         """Choose where and how to write.
@@ -69,6 +74,7 @@ class ExportAtEnd(Callback):
                 log.info("%s is the best checkpoint, %s; %s is the last", folder, best, last)
         export_module(pl_module, folder, trainer.is_global_zero, self.merge, self.dtype)
         trainer.strategy.barrier("export")
+        self.exported = folder, best
         if trainer.is_global_zero and best is None:  # else the log has said it
             log.info("exported to %s (optimizer step %d)", folder, trainer.global_step)
 

@@ -5,6 +5,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -164,6 +165,8 @@ def continue_wandb(loggers: list[Logger], folder: str) -> None:
     """
     for logger in loggers:
         inner = logger.inner if isinstance(logger, Tolerant) else logger
+        if isinstance(inner, WandbLogger) and inner._wandb_init.get("anonymous") is None:
+            inner._wandb_init.pop("anonymous", None)  # W&B warns of it, whatever its value
         if isinstance(inner, WandbLogger) and inner._wandb_init.get("id") is None:
             inner._wandb_init["id"] = inner._id = run_id(Path(folder, RUN_ID))
             inner._wandb_init["resume"] = "allow"
@@ -190,12 +193,47 @@ def run_loggers(local: Logger, given: list[Logger]) -> list[Logger]:
     return [local, *(logger if isinstance(logger, CSVLogger) else Tolerant(logger) for logger in given)]
 
 
-def wandb_logger(folder: str, online: bool) -> WandbRun:
-    """A W&B run in a run's folder, named after it."""
+# Package of each of Lightning's loggers, and what to install for it.
+PACKAGES = {
+    "TensorBoardLogger": ("tensorboard", "rlhf_lightning[tensorboard]"),
+    "MLFlowLogger": ("mlflow", "rlhf_lightning[mlflow]"),
+    "WandbLogger": ("wandb", "wandb"),
+    "CometLogger": ("comet_ml", "comet-ml"),
+    "NeptuneLogger": ("neptune", "neptune"),
+    "LitLogger": ("litlogger", "litlogger"),
+}
+
+
+def check_installed(class_path: str) -> None:
+    """Make sure that a logger's package is installed.
+
+    Args:
+        class_path: Of the logger; one that is not Lightning's is not checked.
+
+    Raises:
+        UserError: If it is not; it says what to install.
+    """
+    name = class_path.rsplit(".", 1)[-1]
+    package, extra = PACKAGES.get(name, (None, ""))
+    found = package is None or find_spec(package) or (name == "TensorBoardLogger" and find_spec("tensorboardX"))
+    if not found:
+        instead = ", or leave W&B out with --wandb disabled" if name == "WandbLogger" else ""
+        raise UserError(f"{name} needs the package {package}, which is not installed: pip install '{extra}'{instead}")
+
+
+def wandb_logger(folder: str, online: bool, group: str | None = None, tags: list[str] | None = None) -> WandbRun:
+    """A W&B run in a run's folder, named after it.
+
+    Args:
+        folder: Of the run.
+        online: Whether metrics are sent while the run goes on.
+        group: Runs of one group are shown together.
+        tags: To filter runs by.
+    """
     os.environ.setdefault("WANDB_SILENT", "true")
     Path(folder).mkdir(parents=True, exist_ok=True)
     name = "/".join(Path(folder).parts[-2:])
-    run = WandbRun(name=name, save_dir=folder, offline=not online, project="rlhf_lightning")
+    run = WandbRun(name=name, save_dir=folder, offline=not online, project="rlhf_lightning", group=group, tags=tags)
     continue_wandb([run], folder)
     return run
 

@@ -65,7 +65,7 @@ class RunMetrics(Logger):
         columns = self._known_columns()
         if not row.keys() <= set(columns):
             self._columns = sorted({*columns, *row})
-            self._rewrite(self._rows())
+            self._rewrite(self.rows())
         with self.path.open("a", newline="") as file:
             file.write(as_csv([row], self._known_columns()))
 
@@ -77,7 +77,7 @@ class RunMetrics(Logger):
             rows: How many the checkpoint had seen.
         """
         if self.path.exists():
-            self._rewrite(self._rows()[:rows])
+            self._rewrite(self.rows()[:rows])
 
     def sync(self) -> int:
         """Bring the file to the disk.
@@ -89,7 +89,7 @@ class RunMetrics(Logger):
             return 0
         with self.path.open("rb+") as file:
             os.fsync(file.fileno())
-        return len(self._rows())
+        return len(self.rows())
 
     def _known_columns(self) -> list[str]:
         if self._columns is None:
@@ -97,7 +97,8 @@ class RunMetrics(Logger):
                 self._columns = next(csv.reader(file), [])
         return self._columns
 
-    def _rows(self) -> list[dict[str, str]]:
+    def rows(self) -> list[dict[str, str]]:
+        """What was logged so far, by column; a value is empty where nothing was logged."""
         if not self.path.exists():
             return []
         with self.path.open(newline="") as file:

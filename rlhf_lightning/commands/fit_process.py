@@ -1,10 +1,13 @@
 """A command in a process of its own, begun just as a person would begin it."""
 
+import os
 import signal
 import subprocess
 import sys
 
 from rlhf_lightning.commands.imports import FLAG, POLICY
+
+IN_PIPELINE = "RLHF_LIGHTNING_PIPELINE"  # set for the stages of a pipeline, which runs the next command itself
 
 
 def fit_command(arguments: list[str], command: str = "fit") -> list[str]:
@@ -19,7 +22,7 @@ def run_fit(command: list[str]) -> int:
     Returns:
         The exit code: 0 also for a run that was asked to end, which leaves no export.
     """
-    run = subprocess.Popen(command)
+    run = subprocess.Popen(command, env={**os.environ, IN_PIPELINE: "1"})
     before = signal.signal(signal.SIGTERM, lambda *_: run.terminate())
     try:
         return run.wait()

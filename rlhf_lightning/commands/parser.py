@@ -1,5 +1,6 @@
 """Parsers whose complaints are one line, like all others here."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -11,6 +12,7 @@ from rlhf_lightning.commands.imports import denied
 from rlhf_lightning.commands.typed_keys import explained
 from rlhf_lightning.errors import UserError
 
+SCHEDULE = re.compile(r"Subclasses are disabled for Schedule, thus '([^']+)'|schedule\W+Unable to load config \W(\w+)")
 # Lines of jsonargparse's nested messages that tell a user nothing.
 NOISE = ("Given value", "Errors:", "- Expected a <class 'NoneType'>", "Does not validate against any of the Union")
 
@@ -28,6 +30,18 @@ def forget_other_class(parser: Any, previous: Any, value: Any) -> None:
 _typehints.discard_init_args_on_class_path_change = forget_other_class  # there is no setting for it
 
 
+AMBIGUOUS = "lightning.pytorch.cli.ReduceLROnPlateau"  # a subclass of torch's that takes the metric as an argument
+_all_paths = _typehints.get_all_subclass_paths
+
+
+def paths_of_subclasses(*args: Any, **kwargs: Any) -> list[str]:
+    """Import paths that short names are looked up in, without one that makes the name of torch's class ambiguous."""
+    return [path for path in _all_paths(*args, **kwargs) if path != AMBIGUOUS]
+
+
+_typehints.get_all_subclass_paths = paths_of_subclasses
+
+
 class ParserError(UserError):
     """What jsonargparse says of a command line; ``message`` has all its lines."""
 
@@ -40,7 +54,9 @@ class OneLineErrors(ArgumentParser):
     """A parser that raises what it finds wrong as a :class:`UserError`."""
 
     def error(self, message: Any, ex: Exception | None = None) -> NoReturn:
-        raise users_mistake(ex) or denied(str(message)) or ParserError(str(message)) from ex
+        raise (
+            users_mistake(ex) or denied(str(message)) or schedule_as_class(str(message)) or ParserError(str(message))
+        ) from ex
 
 
 class CommandParser(OneLineErrors):
@@ -98,6 +114,19 @@ def users_mistake(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def schedule_as_class(message: str) -> UserError | None:
+    """The refusal of a scheduler's class or name as the value of ``schedule`` itself; None if that was not it."""
+    found = SCHEDULE.search(message)
+    if found is None:
+        return None
+    name = (found[1] or found[2]).rpartition(".")[2]
+    if name[0].isupper():
+        return UserError(
+            f"schedule: name a class with schedule.scheduler: {name}, or {{class_path: {name}, init_args: {{...}}}}"
+        )
+    return UserError(f"schedule: name a schedule with schedule.decay: {name}, and its arguments with schedule.options")
 
 
 def one_line(message: str) -> str:

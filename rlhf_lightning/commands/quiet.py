@@ -41,6 +41,7 @@ def be_quiet(progress_bars: bool = True) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("rlhf_lightning").setLevel(logging.INFO)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # the report of trainer.profiler
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

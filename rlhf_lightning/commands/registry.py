@@ -25,6 +25,8 @@ FIT_FLAGS = {"ground-truth": ("problems",)}
 # Keys of fit, validate, test and predict that Lightning does not have: flags, and classes with their arguments.
 RUN_FLAGS: dict[str, dict[str, Any]] = {
     "wandb": {"type": Literal["offline", "online", "disabled"], "default": "offline", "help": "Where W&B metrics go."},
+    "wandb_group": {"type": str | None, "default": None, "help": "W&B group of the run."},
+    "wandb_tags": {"type": list[str] | None, "default": None, "help": "W&B tags of the run."},
     "overwrite": {"type": bool, "default": False, "help": "Replace the run that the folder holds."},
 }
 RUN_CLASSES = {

@@ -12,6 +12,7 @@ from rlhf_lightning.callbacks.checkpoint_file import remove_leftovers
 from rlhf_lightning.errors import UserError
 
 CONFIG = "config.yaml"
+OBJECTS = ("logger", "callbacks", "plugins", "profiler")  # of the Trainer
 
 
 class RunFolder:
@@ -83,8 +84,28 @@ class SaveRunConfig(SaveConfigCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
         config: dict[str, Any] = self.config.as_dict()
+        told: dict[str, Any] = {key: config[key] for key in ("model", "data", "seed_everything") if key in config}
+        told["trainer"] = trainer_settings(config["trainer"], trainer)
         for logger in trainer.loggers:
-            logger.log_hyperparams({key: config[key] for key in ("model", "data", "seed_everything") if key in config})
+            logger.log_hyperparams(told)
+
+
+def trainer_settings(config: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
+    """The Trainer's settings for a logger, with what ``auto`` has become; objects, which may hold keys, are left out.
+
+    Args:
+        config: Of the Trainer.
+        trainer: In training.
+    """
+    chosen = {
+        "accelerator": type(trainer.accelerator).__name__.removesuffix("Accelerator").lower(),
+        "strategy": type(trainer.strategy).__name__,
+        "devices": trainer.num_devices,
+        "num_nodes": trainer.num_nodes,
+        "precision": trainer.precision,
+        "max_epochs": trainer.max_epochs,
+    }
+    return {key: value for key, value in config.items() if key not in OBJECTS} | chosen
 
 
 class ForgetFailedStart(Callback):

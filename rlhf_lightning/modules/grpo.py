@@ -52,8 +52,8 @@ from rlhf_lightning.modules.online import (
     scores_of,
     trainer_state,
 )
-from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, trained_parameters
-from rlhf_lightning.modules.plan import RunPlan, check_iterations, end_after_last, plan_run
+from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, advance_schedule, trained_parameters
+from rlhf_lightning.modules.plan import RunPlan, check_iterations, end_after_last, plan_run, planned_schedule
 from rlhf_lightning.modules.ranks import of_this_rank, over_ranks
 from rlhf_lightning.modules.rollout_metrics import EVALUATION, part_means
 from rlhf_lightning.modules.showing import Sample, as_samples
@@ -101,7 +101,7 @@ class GRPOModule(LightningModule):
             sampling: How responses are drawn, in training and in validation.
             update: Epochs, minibatches, clipping.
             optimizer: Makes the optimizer.
-            schedule: Of the learning rate, in iterations.
+            schedule: Of the learning rate, in iterations unless ``interval`` says otherwise.
             iterations: Rollouts with their updates until the run ends, over as many epochs as that takes; None where
                 ``trainer.max_epochs`` or ``trainer.max_steps`` (optimizer steps, of which an iteration has many) ends it.
         """
@@ -117,6 +117,7 @@ class GRPOModule(LightningModule):
         self.scorer = GuardedReward(reward, update.reward_failures, self.all_sum, partial(trainer_state, self))
         self.guard = StepGuard()
         self.iterations, self.plan = check_iterations(iterations), RunPlan()
+        self.rates: list[float] = []  # of the last optimizer step, by parameter group
         self.engine = engine_for(sampling)
         self.model_path = self.policy_spec.path
         self.policy: PolicyNetwork | None = None
@@ -314,7 +315,6 @@ class GRPOModule(LightningModule):
     def _finish(self, rollout: Rollout, stopped: bool) -> None:
         """Schedules, counters, KL control and the log."""
         assert self.drawn is not None
-        scheduler: Any = self.lr_schedulers()
         judged = self._judged(rollout.scores, rollout.truncated)
         means = group_means(rollout, judged, self.all_sum, reference=self.reference is not None)
         means |= part_means(self.parts, self.all_sum, self.device)
@@ -333,7 +333,7 @@ class GRPOModule(LightningModule):
                 "groups/drawn": float(self.all_sum(torch.tensor(self.drawn.prompts, device=self.device))),
                 "groups/iterations_without_signal": float(self.without_signal),
                 "kl_coef": self.kl.coef,
-                "lr": scheduler.get_last_lr()[0],
+                "learning_rate": self.rates[0],
                 "num_tokens": float(self.tokens),
                 "episode": self.episodes,
                 "iteration": self.iteration,
@@ -344,8 +344,11 @@ class GRPOModule(LightningModule):
         if self.reference is not None:
             rows = self.all_sum(torch.tensor(len(rollout), device=self.device))
             self.kl.update(float(means["objective/kl"]), int(rows))
-        scheduler.step()
+        advance_schedule(self, "iteration")
         end_after_last(self)
+
+    def on_train_epoch_end(self) -> None:
+        advance_schedule(self, "epoch")
 
     def show(self, batch: PromptBatch, count: int) -> list[Sample]:
         """Responses of the last iteration with their rewards."""
@@ -370,7 +373,7 @@ class GRPOModule(LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self, trained_parameters(self))
         self.plan = plan_run(self, self._steps_of)
-        return [optimizer], [self.schedule.attach(optimizer, self.plan.iterations)]
+        return planned_schedule(self, optimizer)
 
     def _steps_of(self, prompts: int) -> int:
         """Optimizer steps of an iteration on this number of prompts, unless the KL stops it."""

@@ -1,16 +1,17 @@
 """Means that are right over uneven batches and several ranks."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from rlhf_lightning.modules.optimization import gradient_norm
+from rlhf_lightning.modules.optimization import follow_metric, gradient_norm
 from rlhf_lightning.modules.zero import ZeROStrategy
 
 STATES = ("sums", "counts", "peaks")
@@ -92,9 +93,10 @@ class Means(Metric):
 
 
 def log_step(module: Any, optimizer: Optimizer, progress: Sequence[str]) -> None:
-    """Hold the step against the guard, and every ``log_every_n_steps`` steps log the means since the last time.
+    """Check the step's gradients, and every ``log_every_n_steps`` steps log the means since the last time.
 
-    For ``on_before_optimizer_step``.
+    The last step of the run is logged too, so that a run shorter than the interval has training metrics. For
+    ``on_before_optimizer_step``.
 
     Args:
         module: Has a ``guard`` and ``train_means``.
@@ -106,7 +108,7 @@ def log_step(module: Any, optimizer: Optimizer, progress: Sequence[str]) -> None
     module.guard.check(module, norm)
     by_norm = module.trainer.gradient_clip_algorithm != "value"
     module.guard.watch(norm, module.trainer.gradient_clip_val if by_norm else None, module.global_step)
-    if (module.global_step + 1) % module.trainer.log_every_n_steps:
+    if (module.global_step + 1) % module.trainer.log_every_n_steps and not is_last_step(module.trainer):
         return
     values = module.train_means.drain()
     values |= {
@@ -115,6 +117,14 @@ def log_step(module: Any, optimizer: Optimizer, progress: Sequence[str]) -> None
         "epoch": module.current_epoch,
     }
     log_training(module, values, progress)
+
+
+def is_last_step(trainer: Trainer) -> bool:
+    """Whether ``max_steps`` or ``max_epochs`` ends the run after the optimizer step that is about to be made."""
+    if 0 < trainer.max_steps <= trainer.global_step + 1:
+        return True
+    last_epoch = trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch + 1
+    return last_epoch and trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
 def log_training(module: LightningModule, values: dict[str, Tensor | float], progress: Sequence[str]) -> None:
@@ -137,6 +147,9 @@ def log_training(module: LightningModule, values: dict[str, Tensor | float], pro
 def log_evaluation(module: LightningModule, means: Means, **more: Tensor) -> None:
     """Log what a validation or test counted, under ``eval/`` or ``test/``, and forget it.
 
+    Lightning's check before training is logged, at step 0, where ``trainer.num_sanity_val_steps: -1`` makes it a complete
+    validation. Lightning restores the random generators after it. In a resumed run it is not logged.
+
     Args:
         module: The one that is evaluated.
         means: What was counted.
@@ -146,8 +159,12 @@ def log_evaluation(module: LightningModule, means: Means, **more: Tensor) -> Non
     values = {f"{stage}/{name}": value for name, value in {**means.compute(), **more}.items()}
     means.reset()
     fitting = module.trainer.state.fn == TrainerFn.FITTING
+    incomplete = module.trainer.num_sanity_val_steps != math.inf or module.trainer.ckpt_path is not None
+    incomplete = incomplete and module.trainer.sanity_checking
     module.log_dict(values, logger=not fitting)
-    if fitting and not module.trainer.sanity_checking:
+    if fitting and not incomplete:
         # At our own step: Lightning's counts batches, which under manual optimization are not optimizer steps.
         for logger in module.loggers:
             logger.log_metrics({name: float(value) for name, value in values.items()}, step=module.global_step)
+        if not module.trainer.sanity_checking:
+            follow_metric(module, values)

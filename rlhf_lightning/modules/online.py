@@ -21,7 +21,7 @@ from rlhf_lightning.models.sharding import gathered, wake
 from rlhf_lightning.modules.half_precision import computes_in_half, place_reference
 from rlhf_lightning.modules.handoff import sharing_if_asked
 from rlhf_lightning.modules.metrics import log_evaluation, log_training
-from rlhf_lightning.modules.optimization import norm_of, whole
+from rlhf_lightning.modules.optimization import advance_schedule, norm_of, whole
 from rlhf_lightning.modules.ranks import over_ranks
 from rlhf_lightning.modules.rollout_metrics import evaluation_counts
 from rlhf_lightning.rewards.reward import Reward, checked_scores
@@ -237,7 +237,10 @@ def clipped_step(module: Any, max_grad_norm: float, parts: dict[str, list[Tensor
     module.guard.watch(whole(norm), max_grad_norm, module.global_step)
     torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_grad_norm, norm)
     module.update_means.update({"grad_norm": (whole(norm), 1)})
-    module.optimizers().step()
+    optimizer = module.optimizers()
+    optimizer.step()
+    module.rates = [float(group["lr"]) for group in optimizer.param_groups]
+    advance_schedule(module, "step")
 
 
 def answer_fixed_prompts(module: Any, batch: PromptBatch, number: int) -> None:

@@ -47,8 +47,8 @@ from rlhf_lightning.modules.online import (
     scores_of,
     trainer_state,
 )
-from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, trained_parameters
-from rlhf_lightning.modules.plan import RunPlan, check_iterations, end_after_last, plan_run
+from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, advance_schedule, trained_parameters
+from rlhf_lightning.modules.plan import RunPlan, check_iterations, end_after_last, plan_run, planned_schedule
 from rlhf_lightning.modules.ranks import of_this_rank, over_ranks
 from rlhf_lightning.modules.rollout_metrics import EVALUATION, part_means, rollout_means
 from rlhf_lightning.modules.showing import Sample, as_samples
@@ -100,7 +100,7 @@ class OnlineDPOModule(LightningModule):
             sampling: How responses are drawn, in training and in validation.
             update: Epochs; ``minibatch_size`` and ``micro_batch_size`` count responses, two a pair.
             optimizer: Makes the optimizer.
-            schedule: Of the learning rate, in iterations.
+            schedule: Of the learning rate, in iterations unless ``interval`` says otherwise.
             iterations: Rollouts with their updates until the run ends, over as many epochs as that takes; None where
                 ``trainer.max_epochs`` or ``trainer.max_steps`` (optimizer steps, of which an iteration has many) ends it.
         """
@@ -114,6 +114,7 @@ class OnlineDPOModule(LightningModule):
         self.scorer = GuardedReward(reward, update.reward_failures, self.all_sum, partial(trainer_state, self))
         self.guard = StepGuard()
         self.iterations, self.plan = check_iterations(iterations), RunPlan()
+        self.rates: list[float] = []  # of the last optimizer step, by parameter group
         self.engine = engine_for(sampling)
         self.model_path = self.policy_spec.path
         self.policy: PolicyNetwork | None = None
@@ -280,7 +281,6 @@ class OnlineDPOModule(LightningModule):
 
     def _finish(self, rollout: Rollout) -> None:
         """Schedules, counters and the log."""
-        scheduler: Any = self.lr_schedulers()
         means = rollout_means(rollout, self.loss.reward_scale if self.loss.needs_reference else 0.0, self.all_sum)
         if self.reference is None:  # the rollout holds the policy's own numbers in its place
             means = {name: x for name, x in means.items() if name not in OF_REFERENCE}
@@ -301,14 +301,17 @@ class OnlineDPOModule(LightningModule):
                 **self.update_means.drain(),
                 **self.scorer.metrics(),
                 "groups/iterations_without_signal": float(self.without_signal),
-                "lr": scheduler.get_last_lr()[0],
+                "learning_rate": self.rates[0],
                 "episode": self.episodes,
                 "iteration": self.iteration,
             },
             progress=("objective/scores", "objective/kl", "rewards/margins"),
         )
-        scheduler.step()
+        advance_schedule(self, "iteration")
         end_after_last(self)
+
+    def on_train_epoch_end(self) -> None:
+        advance_schedule(self, "epoch")
 
     def show(self, batch: PromptBatch, count: int) -> list[Sample]:
         """Responses of the last iteration with their rewards."""
@@ -333,7 +336,7 @@ class OnlineDPOModule(LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self, trained_parameters(self))
         self.plan = plan_run(self, self._steps_of)
-        return [optimizer], [self.schedule.attach(optimizer, self.plan.iterations)]
+        return planned_schedule(self, optimizer)
 
     def _steps_of(self, prompts: int) -> int:
         """Optimizer steps of an iteration on this number of prompts, with one pair each."""

@@ -1,15 +1,17 @@
-"""How many iterations a run of a method that samples has, and its end after the last of them."""
+"""How many iterations a run of a method that samples has, its schedule, and its end after the last of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import BatchSampler
 
 from rlhf_lightning.data.sampler import BucketBatchSampler
-from rlhf_lightning.data.streams import StreamSource
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.modules.online import prompts_a_batch
+from rlhf_lightning.modules.optimization import has_known_length
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,13 @@ class RunPlan:
             user ends the run.
         steps: Optimizer steps in them, if none is stopped early by ``target_kl``.
         by_epochs: The end of the last epoch ends the run; nothing needs to stop it.
+        epochs: Epochs in which they are made, the last perhaps not complete.
     """
 
     iterations: int | None = None
     steps: int | None = None
     by_epochs: bool = False
+    epochs: int | None = None
 
 
 def check_iterations(iterations: int | None) -> int | None:
@@ -54,14 +58,14 @@ def plan_run(module: Any, steps_of: Callable[[int], int]) -> RunPlan:
     trainer = module.trainer
     steps = [steps_of(rows) for rows in prompts_of_batches(module)]
     limits = [module.iterations] if module.iterations is not None else []
-    by_epochs = trainer.max_epochs * len(steps) if trainer.max_epochs > 0 and has_known_length(module) else None
+    by_epochs = trainer.max_epochs * len(steps) if trainer.max_epochs > 0 and has_known_length(module.trainer) else None
     limits += [by_epochs] if by_epochs is not None else []
     limits += [iterations_within(trainer.max_steps, steps)] if trainer.max_steps > 0 else []
     if not limits:
         return RunPlan()
     count = max(min(limits), 1)
     epochs, rest = divmod(count, len(steps))
-    return RunPlan(count, epochs * sum(steps) + sum(steps[:rest]), count == by_epochs)
+    return RunPlan(count, epochs * sum(steps) + sum(steps[:rest]), count == by_epochs, epochs + (rest > 0))
 
 
 def iterations_within(max_steps: int, steps: list[int]) -> int:
@@ -80,18 +84,9 @@ def iterations_within(max_steps: int, steps: list[int]) -> int:
     return count
 
 
-def has_known_length(module: Any) -> bool:
-    """Whether the number of batches of an epoch is known; that of a stream is not."""
-    if isinstance(getattr(module.trainer.datamodule, "source", None), StreamSource):
-        return False  # and its loader is not made here: it has to know first where a resumed run is
-    if module.trainer.train_dataloader is None:
-        module.trainer.fit_loop.setup_data()
-    return module.trainer.num_training_batches != float("inf")
-
-
 def prompts_of_batches(module: Any) -> list[int]:
     """Prompts in each batch of an epoch, the minimum over ranks; of a stream, whose length is not known, in one batch."""
-    if not has_known_length(module):
+    if not has_known_length(module.trainer):
         return [prompts_a_batch(module)]
     count = int(module.trainer.num_training_batches)
     sampler = getattr(module.trainer.train_dataloader, "batch_sampler", None)
@@ -101,6 +96,26 @@ def prompts_of_batches(module: Any) -> list[int]:
         full, rest = divmod(len(sampler.sampler), sampler.batch_size)  # type: ignore[arg-type]
         return [*[sampler.batch_size] * full, *[rest] * (rest > 0)][:count]
     return [prompts_a_batch(module)] * count
+
+
+def planned_schedule(module: Any, optimizer: Optimizer) -> tuple[list[Optimizer], list[LRScheduler]]:
+    """What ``configure_optimizers`` returns where the module steps its schedule itself, with ``advance_schedule``.
+
+    Args:
+        module: Has a ``schedule`` and a ``plan``.
+        optimizer: The module's.
+
+    Raises:
+        UserError: If the schedule can't be made for such a run.
+    """
+    schedule, plan = module.schedule, module.plan
+    interval = schedule.interval or "iteration"
+    # An endless stream has no epochs; has_known_length is what the plan was made with.
+    epochs = plan.epochs if has_known_length(module.trainer) else None
+    total = {"iteration": plan.iterations, "step": plan.steps, "epoch": epochs}[interval]
+    scheduler = schedule.attach(optimizer, total, f"{interval}s")
+    schedule.check_monitor(scheduler, module.trainer.enable_validation)
+    return [optimizer], [scheduler]
 
 
 def end_after_last(module: Any) -> None:

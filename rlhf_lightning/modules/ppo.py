@@ -50,8 +50,8 @@ from rlhf_lightning.modules.online import (
     scores_of,
     trainer_state,
 )
-from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule
-from rlhf_lightning.modules.plan import RunPlan, check_iterations, end_after_last, plan_run
+from rlhf_lightning.modules.optimization import OptimizerFactory, Schedule, advance_schedule
+from rlhf_lightning.modules.plan import RunPlan, check_iterations, end_after_last, plan_run, planned_schedule
 from rlhf_lightning.modules.ppo_update import PPOUpdate
 from rlhf_lightning.modules.pretraining_mix import add_pretraining, share, texts_of
 from rlhf_lightning.modules.ranks import of_this_rank, over_ranks
@@ -105,7 +105,7 @@ class PPOModule(LightningModule):
             advantages: From scores to advantages.
             update: Epochs, minibatches, clipping.
             optimizer: Makes the one optimizer of policy and critic.
-            schedule: Of the learning rates, in iterations.
+            schedule: Of the learning rates, in iterations unless ``interval`` says otherwise.
             iterations: Rollouts with their updates until the run ends, over as many epochs as that takes; None where
                 ``trainer.max_epochs`` or ``trainer.max_steps`` (optimizer steps, of which an iteration has many) ends it.
         """
@@ -121,6 +121,7 @@ class PPOModule(LightningModule):
         self.scorer = GuardedReward(reward, update.reward_failures, self.all_sum, partial(trainer_state, self))
         self.guard = StepGuard()
         self.iterations, self.plan = check_iterations(iterations), RunPlan()
+        self.rates: list[float] = []  # of the last optimizer step, by parameter group
         self.engine = engine_for(sampling)
         self.model_path = self.policy_spec.path
         self.actor_critic: ActorCritic | None = None
@@ -278,10 +279,9 @@ class PPOModule(LightningModule):
 
     def _finish(self, rollout: Rollout, stopped: bool) -> None:
         """Schedules, counters, KL control and the log."""
-        scheduler: Any = self.lr_schedulers()
         means = rollout_means(rollout, self.kl.coef, self.all_sum)
         means |= part_means(self.reward.parts(), self.all_sum, self.device)
-        updates, rates = update_metrics(self.update_means), scheduler.get_last_lr()
+        updates = update_metrics(self.update_means)
         self.iteration += 1
         self.episodes += (responses := int(means.pop("episodes")))
         if all_equal(self, self.advantages.processed(rollout.scores, rollout.truncated)) and responses > 1:
@@ -297,8 +297,8 @@ class PPOModule(LightningModule):
                     rollout.values, rollout.returns, rollout.response_mask, all_sum=self.all_sum
                 ),
                 "kl_coef": self.kl.coef,
-                "lr": rates[0],
-                "critic_lr": rates[-1],
+                "learning_rate": self.rates[0],
+                "learning_rate/critic": self.rates[-1],
                 "eps": self.loss.clip_range,
                 "episode": self.episodes,
                 "iteration": self.iteration,
@@ -307,8 +307,11 @@ class PPOModule(LightningModule):
             progress=("objective/scores", "objective/kl", "objective/length"),
         )
         self.kl.update(float(means["objective/kl"]), int(self.all_sum(torch.tensor(len(rollout), device=self.device))))
-        scheduler.step()
+        advance_schedule(self, "iteration")
         end_after_last(self)
+
+    def on_train_epoch_end(self) -> None:
+        advance_schedule(self, "epoch")
 
     def show(self, batch: PromptBatch, count: int) -> list[Sample]:
         """Responses of the last iteration with their rewards."""
@@ -334,7 +337,7 @@ class PPOModule(LightningModule):
         assert self.actor_critic is not None
         optimizer = build_optimizer(self, self.actor_critic.parameter_groups(self.update.critic_lr))
         self.plan = plan_run(self, self._steps_of)
-        return [optimizer], [self.schedule.attach(optimizer, self.plan.iterations)]
+        return planned_schedule(self, optimizer)
 
     def _steps_of(self, prompts: int) -> int:
         """Optimizer steps of an iteration on this number of prompts, unless the KL stops it."""

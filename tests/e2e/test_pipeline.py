@@ -185,7 +185,7 @@ def test_metrics_have_the_names_that_trl_users_know(small):
         "logits/chosen logits/rejected entropy mean_token_accuracy",
         "ppo": "eps objective/kl objective/entropy objective/non_score_reward objective/rlhf_reward objective/scores "
         "policy/approxkl_avg policy/clipfrac_avg policy/entropy_avg loss/policy_avg loss/value_avg val/clipfrac_avg "
-        "val/ratio val/ratio_var val/num_eos_tokens lr episode val/explained_variance kl_coef",
+        "val/ratio val/ratio_var val/num_eos_tokens learning_rate episode val/explained_variance kl_coef",
     }
     for stage, expected in names.items():
         with (small[0] / "run" / stage / "metrics.csv").open() as file:

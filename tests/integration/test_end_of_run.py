@@ -1,4 +1,4 @@
-"""What the end of a run leaves: the best and the last weights, one validation at least, one W&B run."""
+"""What the end of a run leaves: the best and the last weights, a validation after the last step, one W&B run."""
 
 import csv
 import json
@@ -106,7 +106,7 @@ def test_a_monitor_that_nothing_logs_is_warned_about(tmp_path, caplog):
         ],
     ],
 )
-def test_a_run_that_would_end_without_any_validation_validates_once(tmp_path, more):
+def test_a_run_validates_after_its_last_step_and_once(tmp_path, more):
     folder = fit(tmp_path / "run", *more)
     rows = rows_with(folder, "eval/loss")
     assert [int(row["step"]) for row in rows] == [8 if "--trainer.max_epochs" in more else 3]
@@ -117,7 +117,8 @@ def test_a_run_that_would_end_without_any_validation_validates_once(tmp_path, mo
 @pytest.mark.parametrize(
     ("more", "steps"),
     [
-        (["--trainer.max_steps", "3", "--trainer.val_check_interval", "2"], [2]),
+        (["--trainer.max_steps", "3", "--trainer.val_check_interval", "2"], [2, 3]),
+        (["--trainer.max_steps", "4", "--trainer.val_check_interval", "2"], [2, 4]),
         (["--trainer.max_steps", "3", "--trainer.limit_val_batches", "0"], []),
         (["--trainer.max_epochs", "1"], [8]),
     ],
@@ -127,11 +128,11 @@ def test_other_runs_validate_as_they_are_told(tmp_path, more, steps):
     assert [int(row["step"]) for row in rows_with(folder, "eval/loss")] == steps
 
 
-def test_a_resumed_run_knows_of_earlier_validations(tmp_path):
+def test_a_resumed_run_validates_after_its_own_last_step(tmp_path):
     interval = ["--trainer.check_val_every_n_epoch", "null", "--trainer.val_check_interval", "2"]
     folder = fit(tmp_path / "run", "--trainer.max_steps", "2", *interval)
     fit(folder, "--trainer.max_steps", "3", *interval, "--ckpt_path", "last")
-    assert [int(row["step"]) for row in rows_with(folder, "eval/loss")] == [2]
+    assert [int(row["step"]) for row in rows_with(folder, "eval/loss")] == [2, 3]
 
 
 # ---------------------------------------------------------------- W&B

@@ -66,7 +66,7 @@ def fit(module, folder, prompts=8, ckpt_path=None, **trainer):
     settings |= {"enable_checkpointing": False, "default_root_dir": folder, "num_sanity_val_steps": 0, "max_epochs": -1}
     runner = pl.Trainer(**settings | trainer)
     runner.fit(module, PromptDataModule(Rows(), batch_size=prompts, split=Split(validation=0)), ckpt_path=ckpt_path)
-    return runner, [row["train/lr"] / PEAK for row in memory.rows if "train/lr" in row]
+    return runner, [row["train/learning_rate"] / PEAK for row in memory.rows if "train/learning_rate" in row]
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo", "online_dpo"])

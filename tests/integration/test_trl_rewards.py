@@ -79,10 +79,12 @@ def test_validations_log_what_a_function_logs_of_each_way_to_answer(policy, tmp_
 
 def test_a_name_of_the_method_itself_is_refused(policy, tmp_path):  # noqa: F811
     def takes_a_name(completion_ids, log_metric):
-        log_metric("lr", 1.0)
+        log_metric("learning_rate", 1.0)
         return [0.0] * len(completion_ids)
 
-    with pytest.raises(UserError, match=r"takes_a_name: log_metric\('lr'\) is a name that PPOModule logs itself"):
+    with pytest.raises(
+        UserError, match=r"takes_a_name: log_metric\('learning_rate'\) is a name that PPOModule logs itself"
+    ):
         run(policy, tmp_path, reward=takes_a_name)
 
 

@@ -79,7 +79,8 @@ def test_the_commands_say_so(capsys):
         ([*FIT, "--modle.sampling", "{}"], "--modle.sampling is not a key; did you mean --model.sampling?"),
         (
             [*FIT, "--model.schedule.kind", "x"],
-            "--model.schedule.kind is not a key; model.schedule has warmup, decay, final",
+            "--model.schedule.kind is not a key; model.schedule has warmup, decay, final, options, scheduler, interval, "
+            "monitor",
         ),
         (
             [*FIT, "--model.sampling.stop_string", "x"],

@@ -99,7 +99,7 @@ def test_ppo_goes_on_with_the_same_prompts(crew, whole, change):
     """What it samples is another matter; what it counts, and the prompts of each iteration, are not."""
     folder = changed(crew, "ppo", change, die=("batch", 8))
     rows, expected = rows_of(folder), rows_of(whole("ppo", *DDP, *TWO_RANKS, ranks=2))
-    for name in ("train/iteration", "train/episode", "train/lr"):
+    for name in ("train/iteration", "train/episode", "train/learning_rate"):
         assert [row[name] for row in rows if name in row] == [row[name] for row in expected if name in row], name
 
 
