@@ -198,7 +198,7 @@ METHODS: dict[str, Method] = {
     "remax": group(GreedyBaseline(), PolicyObjective("sequence_sum", "reward_k1", ClippedLoss())),
     # Three responses, so that the best, the worst and one between them are told apart.
     "online dpo": Method(OnlineDPOModule, "prompts", {"loss": DPOLoss(beta=0.3, label_smoothing=0.1)}, Groups(size=3)),
-    "online simpo": Method(OnlineDPOModule, "prompts", {"loss": SimPOLoss()}, Groups(size=3)),
+    "online cpo": Method(OnlineDPOModule, "prompts", {"loss": CPOLoss(0.3, nll_coef=0.1)}, Groups(size=3)),
 }
 
 # ---------------------------------------------------------------- kinds of tests, and what they leave out
@@ -219,7 +219,7 @@ EXEMPT: dict[str, dict[str, str]] = {
     # invariance/test_two_ranks.py: two processes and one do the same.
     # precision/: the first step in half precision, float32 batches and metrics, master weights.
     "precision": dict.fromkeys(("sft, weighted", "rankings, ensemble", "plackett-luce", "outcome verifier"), OTHER_ROWS)
-    | dict.fromkeys(("every pair loss", "aot", "online simpo"), SAME_FORWARD),
+    | dict.fromkeys(("every pair loss", "aot", "online cpo"), SAME_FORWARD),
     # ground_truth/test_plain_loops.py: every step is that of an independent loop.
     "gradient": IN_THE_SUM
     | dict.fromkeys(
@@ -234,7 +234,7 @@ EXEMPT: dict[str, dict[str, str]] = {
     # invariance/test_memory.py: how many logits exist at once.
     "memory": IN_THE_SUM
     | GROUP_PARTS
-    | dict.fromkeys(("sft, weighted", "ipo", "every pair loss", "aot", "online simpo"), SAME_FORWARD)
+    | dict.fromkeys(("sft, weighted", "ipo", "every pair loss", "aot", "online cpo"), SAME_FORWARD)
     | dict.fromkeys(("apo-zero, unpaired", "rloo", "reinforce++", "gspo", "remax"), SAME_FORWARD)
     | dict.fromkeys(
         ("process reward", "reward model", "rankings, ensemble", "plackett-luce", "outcome verifier"),
@@ -264,9 +264,9 @@ EXEMPT: dict[str, dict[str, str]] = {
         COEFFICIENTS,
     )
     | dict.fromkeys(("kto", "apo-zero, unpaired", "ppo, shared trunk", "rloo", "reinforce++", "gspo"), COEFFICIENTS)
-    | dict.fromkeys(("remax", "online simpo", *IN_THE_SUM, *GROUP_PARTS), COEFFICIENTS),
+    | dict.fromkeys(("remax", "online cpo", *IN_THE_SUM, *GROUP_PARTS), COEFFICIENTS),
     # peers/: TRL's recorded numbers.
-    "peer": dict.fromkeys(("process reward", "online dpo", "online simpo", "outcome verifier"), PLAIN_LOOP)
+    "peer": dict.fromkeys(("process reward", "online dpo", "online cpo", "outcome verifier"), PLAIN_LOOP)
     | dict.fromkeys(("sft, weighted", "rankings, ensemble", "plackett-luce"), NO_PEER)
     | dict.fromkeys(("bco, unpaired", "ppo, shared trunk", "rloo", "reinforce", "reinforce++", "remax"), NO_PEER),
     "two ranks": IN_THE_SUM

@@ -230,12 +230,13 @@ def online_dpo(loop: Loop, rows: range) -> Tensor:
     return torch.stack([smoothed_dpo(chosen - rejected) for chosen, rejected in ratios]).mean()
 
 
-def online_simpo(loop: Loop, rows: range) -> Tensor:
-    means = [
-        [response_logps(loop.network, PROMPTS[row], ids, TEMPERATURE).mean() for ids in (chosen, rejected)]
+def online_cpo(loop: Loop, rows: range) -> Tensor:
+    """The contrast and a tenth of the chosen response's likelihood, which a tie would have too."""
+    logps = [
+        [response_logps(loop.network, PROMPTS[row], ids, TEMPERATURE).sum() for ids in (chosen, rejected)]
         for row, chosen, rejected in pairs_of(rows)
     ]
-    return torch.stack([-logsigmoid(2.0 * (chosen - rejected) - 1.0) for chosen, rejected in means]).mean()
+    return torch.stack([-logsigmoid(BETA * (chosen - rejected)) - 0.1 * chosen for chosen, rejected in logps]).mean()
 
 
 LOOPS: dict[str, Callable[[Loop, range], Tensor]] = {
@@ -251,6 +252,6 @@ LOOPS: dict[str, Callable[[Loop, range], Tensor]] = {
     "apo-zero, unpaired": apo_zero,
     "bco, unpaired": bco,
     "online dpo": online_dpo,
-    "online simpo": online_simpo,
+    "online cpo": online_cpo,
 }
 assert DEMONSTRATIONS["input_ids"][0] == PROMPTS[0] + CHOSEN[0]

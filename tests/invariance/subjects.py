@@ -299,7 +299,7 @@ LEARNING_RATES = {
     "ppo, shared trunk": 0.01,
     "grpo": 0.01,
     "online dpo": 0.01,
-    "online simpo": 0.01,
+    "online cpo": 0.01,
 }
 SHARED_RATES = {RewardModelModule: 0.005, ProcessRewardModule: 0.005, GRPOModule: 0.001}
 

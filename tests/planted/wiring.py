@@ -143,7 +143,7 @@ NUMERICS: list[Bug] = [
         "modules/grpo.py",
         "share = tokens / total.tokens.clamp(min=1)",
         "share = tokens / total.tokens",
-        BOUNDARY + "an_iteration_that_teaches_nothing_changes_nothing",
+        BOUNDARY + "a_minibatch_that_teaches_nothing_leaves_the_means_of_the_others",
     ),
     numerics(
         "reference log-probabilities kept in bfloat16",
@@ -186,7 +186,7 @@ METHODS: list[Bug] = [
         ONLINE_DPO,
         "return (teaches * loss).sum()",
         "return loss.sum()",
-        ONLINE_LOOP,
+        LOOP + "[online cpo]",
     ),
     method(
         "online DPO pairs the best with any other",
@@ -245,14 +245,14 @@ METHODS: list[Bug] = [
         "invariance/test_two_ranks.py::test_two_ranks_do_as_one[online dpo]",
     ),
     method(
-        "KTO's reference point below zero",
-        "functional/unpaired.py",
-        ".clamp(min=0)",
-        "",
+        "KTO's reference point from half of the rows",
+        KTO,
+        "[: rows if rows > 1 else 0]",
+        "[: rows // 2]",
         LOOP + "[kto]",
     ),
     method(
-        "BCO's running mean holds its own step",
+        "BCO's running mean is shifted",
         KTO,
         "shift = self._mismatched_kl(batch, ref_logps[rows:]) if mismatched else ref_logps.new_tensor(self.seen.value)",
         "shift = self._mismatched_kl(batch, ref_logps[rows:]) if mismatched else ref_logps.new_tensor(self.seen.value) + 0.1",

@@ -5,6 +5,7 @@ Scores under autocast, values of a shared trunk, sums of losses, moments of scor
 
 import math
 import statistics
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +36,17 @@ from rlhf_lightning.modules.rollout_metrics import rollout_means, update_means, 
 from rlhf_lightning.modules.running_mean import RunningMean
 from rlhf_lightning.rollouts.buffer import Rollout
 from tests.invariance.rearrangements import EOS, PLAIN
-from tests.invariance.subjects import LONGEST, SUBJECTS, Answers, Memory, batches, configured, scalar_folder, tokenizer
+from tests.invariance.subjects import (
+    LONGEST,
+    ROW_OF,
+    SUBJECTS,
+    Answers,
+    Memory,
+    batches,
+    configured,
+    scalar_folder,
+    tokenizer,
+)
 from tests.precision.methods import TINY
 
 BERT = {
@@ -290,6 +301,7 @@ def test_losses_of_a_step_are_summed_in_float32():
     guard = StepGuard()
     for _ in range(2):
         guard.saw(None, torch.tensor(40_000.0, dtype=torch.float16))
+    assert torch.stack(guard.losses).sum().item() == 80_000  # or the run would be stopped
     guard.check(SimpleNamespace(trainer=SimpleNamespace(precision="32-true", world_size=1)), torch.tensor(1.0))
     assert guard.losses == []
 
@@ -322,21 +334,47 @@ class CutOff(Answers):
         return Generation(4 + rows % 7)
 
 
-@pytest.mark.parametrize("name", ["gspo", "online dpo", "online simpo"])
-def test_an_iteration_that_teaches_nothing_changes_nothing(name, tmp_path):
-    """Responses that are all masked, pairs that all tie: zero over zero must not reach the weights or the log."""
-    pl.seed_everything(0, verbose=False)
-    module = configured(SUBJECTS[name], "rotary", scalar_folder(tmp_path, "rotary"), PLAIN)
+class PartlyCutOff(Answers):
+    """The responses to the first four prompts do not come to their end."""
+
+    def generate(self, network, input_ids, attention_mask, sampling, *, eos_ids, pad_id):
+        answers = super().generate(network, input_ids, attention_mask, sampling, eos_ids=eos_ids, pad_id=pad_id).tokens
+        wide = torch.nn.functional.pad(answers, (0, LONGEST - answers.shape[1]), value=pad_id)
+        rows = [ROW_OF[tuple(ids[real].tolist())] for ids, real in zip(input_ids, attention_mask, strict=True)]
+        return Generation(torch.where(torch.tensor(rows)[:, None] < 4, 4 + torch.arange(LONGEST) % 7, wide))
+
+
+def iterate(module, name):
+    """One iteration on the first eight prompts; what it logs, and the Trainer."""
     module.configure_model = lambda: None
-    module.engine = CutOff()
-    before = {name: weight.clone() for name, weight in module.policy.named_parameters()}
     memory = Memory()
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=memory, limit_val_batches=0, **quiet)
     rows = batches(SUBJECTS[name], PLAIN)[:1]
     trainer.fit(module, DataLoader(rows, batch_size=None, collate_fn=lambda batch: batch))
+    return {key: value for row in memory.rows for key, value in row.items()}, trainer
+
+
+def test_a_minibatch_that_teaches_nothing_leaves_the_means_of_the_others():
+    """Half of the minibatches hold one group each whose responses are all masked."""
+    pl.seed_everything(0, verbose=False)
+    module = configured(SUBJECTS["gspo"], "rotary", "", PLAIN)
+    module.engine, module.update = PartlyCutOff(), replace(module.update, minibatch_size=2)
+    logged, trainer = iterate(module, "gspo")
+    assert trainer.global_step == 2 * 8
+    assert math.isfinite(logged["train/policy_loss"])
+    assert logged["train/policy_loss"] != 0
+
+
+@pytest.mark.parametrize("name", ["gspo", "online dpo", "online cpo"])
+def test_an_iteration_that_teaches_nothing_changes_nothing(name, tmp_path):
+    """Responses that are all masked, pairs that all tie: zero over zero must not reach the weights or the log."""
+    pl.seed_everything(0, verbose=False)
+    module = configured(SUBJECTS[name], "rotary", scalar_folder(tmp_path, "rotary"), PLAIN)
+    module.engine = CutOff()
+    before = {name: weight.clone() for name, weight in module.policy.named_parameters()}
+    logged, trainer = iterate(module, name)
     assert trainer.global_step == 2
     assert all(torch.equal(weight, before[name]) for name, weight in module.policy.named_parameters())
-    logged = {key: value for row in memory.rows for key, value in row.items()}
     assert logged
     assert [key for key, value in logged.items() if not math.isfinite(value)] == []
