@@ -94,6 +94,23 @@ def test_only_manual_backward_is_called_in_modules():
     assert found == []
 
 
+CLOCKS = {"perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time", "thread_time"}
+
+
+def test_no_test_asserts_the_seconds_of_a_clock():
+    """A busy machine is no fault. Work is counted in calls: tests/calls.py."""
+    found = []
+    for file in sorted(PACKAGE.parent.glob("tests/**/test_*.py")):
+        text = file.read_text()
+        for node in ast.walk(ast.parse(text)) if any(name in text for name in CLOCKS) else []:
+            inside = list(ast.walk(node)) if isinstance(node, ast.Assert) else []
+            names = {part.attr for part in inside if isinstance(part, ast.Attribute)}
+            names |= {part.id for part in inside if isinstance(part, ast.Name)}
+            if names & CLOCKS:
+                found.append(f"{file.relative_to(PACKAGE.parent)}:{node.lineno}")
+    assert found == []
+
+
 # What follows the training: whatever fails there, the user must learn that the training is kept.
 CATCH_ALL = ("callbacks/kept_training.py", "callbacks/loggers.py", "commands/pipeline.py")
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.evaluation.gradients import all_responses, exact_values, perturb
-from rlhf_lightning.modules import DPOModule, PPOModule, RewardModelModule, SFTModule
+from rlhf_lightning.generation.engine import Generation
+from rlhf_lightning.modules import DPOModule, OnlineDPOModule, PPOModule, RewardModelModule, SFTModule
 from rlhf_lightning.rollouts.advantages import AdvantageEstimator
 from rlhf_lightning.worlds import EnumerableWorld
 
@@ -64,6 +65,29 @@ class PerturbedPPO(_Perturbed, PPOModule):
 
     def _generate(self, batch, sampling):
         return all_responses(self.world)
+
+
+class PerturbedOnlineDPO(_Perturbed, OnlineDPOModule):
+    """Draws every group of two once, in place of sampling; each counts as often as the policy would draw it."""
+
+    world: EnumerableWorld
+
+    def _generate(self, batch, sampling):
+        every, count = all_responses(self.world), len(self.world.responses)
+        first, second = torch.combinations(torch.arange(count), 2, with_replacement=True).T
+        self.first = torch.cat([first + count * prompt for prompt in range(len(self.world.prompts))])
+        self.second = torch.cat([second + count * prompt for prompt in range(len(self.world.prompts))])
+        rows = torch.stack([self.first, self.second], dim=1).flatten()
+        tensors = ("input_ids", "attention_mask", "sequence_mask", "response_mask", "truncated")
+        drawn = Generation(every.drawn.tokens[rows])
+        chosen = {name: getattr(every, name)[rows] for name in tensors}
+        return replace(every, **chosen, drawn=drawn, samples=every.samples.rows(rows.tolist()))
+
+    def _paired(self, rollout):
+        pairs = super()._paired(rollout)
+        p = rollout.logprobs.sum(1).exp().view(-1, 2).prod(1)  # off the response they are zero
+        weight = torch.where(self.first == self.second, p, 2 * p) * len(p)  # in both orders
+        return pairs.with_advantages(pairs.advantages * weight.repeat_interleave(2)[:, None], pairs.returns)
 
 
 class PerturbedDPO(_Perturbed, DPOModule):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from enumeration import (
     Enumerated,
     PerturbedDPO,
+    PerturbedOnlineDPO,
     PerturbedPPO,
     PerturbedRewardModel,
     PerturbedSFT,
@@ -49,6 +50,7 @@ from rlhf_lightning.losses import (
 from rlhf_lightning.models.export import export_folder
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.modules.grpo_update import GRPOUpdate
 from rlhf_lightning.modules.ppo import PPOUpdate
 from rlhf_lightning.rewards.enumerable import EnumerableReward
 from rlhf_lightning.rewards.reward import checked_scores
@@ -144,7 +146,7 @@ def test_in_ppos_first_minibatch_the_ratio_is_one_and_the_policy_has_not_moved(w
     module._finish = lambda rollout, stopped: counted.append(module.update_means.compute())
     one_step(module)
     assert counted[0]["val/ratio"].item() == pytest.approx(1, abs=1e-6)
-    assert counted[0]["val/ratio_squared"].item() == pytest.approx(1, abs=1e-6)
+    assert counted[0]["val/ratio_spread"].item() == pytest.approx(0, abs=1e-10)
     assert counted[0]["policy/approxkl_avg"].item() == pytest.approx(0, abs=1e-10)
     assert counted[0]["policy/clipfrac_avg"].item() == 0
 
@@ -286,6 +288,35 @@ def test_dpo_that_is_known_to_be_wrong_is_found_out(world, folder, one_step, bug
 
     module, found = dpo_step(world, folder, one_step, wrong.get(bug, loss), change)
     assert direction_error(found, exact_pair_gradient(world, module, PAIR_LOSSES[loss])) > WRONG
+
+
+# ---------------------------------------------------------------- online DPO
+
+
+def test_online_dpo_over_every_pair_that_the_policy_may_draw(world, folder, one_step):
+    """The mean over pairs that do not tie, as often as they are drawn; a response without an end loses to any other."""
+    module = PerturbedOnlineDPO(
+        ModelSpec(path=folder),
+        EnumerableReward(world),
+        DPOLoss(beta=0.5, label_smoothing=0.1),
+        sampling=SamplingParameters(world.max_new_tokens, 0.7),
+        update=GRPOUpdate(minibatch_size=10**6, micro_batch_size=1000, max_grad_norm=1e9),
+        optimizer=Recorder,
+    )
+    module.world = world
+    found = as_vector(one_step(module), trained(module))
+    logps = world.logps(trained(module), 0.7)
+    with torch.no_grad():
+        h0 = world.logps(world.reference(), 0.7)
+        p = logps.exp()
+    rank = world.rewards.masked_fill(world.truncated, -math.inf)
+    total, mass = 0.0, 0.0
+    for x in range(len(world.prompts)):
+        gap = (logps[x] - h0[x])[:, None] - (logps[x] - h0[x])[None]
+        loss = -0.9 * F.logsigmoid(0.5 * gap) - 0.1 * F.logsigmoid(-0.5 * gap)
+        wins = (rank[x][:, None] > rank[x][None]) * p[x][:, None] * p[x][None]
+        total, mass = total + (wins * loss).sum(), mass + wins.sum()
+    assert relative_error(found, exact_gradient(total / mass, trained(module))) < EXACT
 
 
 # ---------------------------------------------------------------- SFT and the reward model
