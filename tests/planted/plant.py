@@ -19,8 +19,10 @@ from typing import NamedTuple
 import pytest
 
 from tests.planted.bugs import BUGS, Bug, Edit
+from tests.planted.wiring import WIRING
 
 ROOT = Path(__file__).parents[2]
+ALL = [*BUGS, *WIRING]
 COPIED = ("rlhf_lightning", "tests", "configs", "pyproject.toml")
 OWN = ("rlhf_lightning", "tests")
 # Loaded once and inherited by every run: else most of the time would go into importing them.
@@ -83,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="bugs whose name contains one of these")
     parser.add_argument("--jobs", type=int, default=2, help="copies that are tested at the same time")
     options = parser.parse_args(arguments)
-    bugs = [bug for bug in BUGS if not options.only or any(name in bug.name for name in options.only)]
+    bugs = [bug for bug in ALL if not options.only or any(name in bug.name for name in options.only)]
     os.environ["OMP_NUM_THREADS"] = "1"
     for name in HEAVY:
         import_module(name)

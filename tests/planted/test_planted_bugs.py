@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.planted.bugs import BUGS
-from tests.planted.plant import ROOT, planted, seen, source
+from tests.planted.plant import ALL, ROOT, planted, seen, source
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+@pytest.mark.parametrize("bug", ALL, ids=lambda bug: bug.name)
 def test_a_bug_can_be_planted(bug):
     for edit in bug.edits:
         before = source(ROOT, edit).read_text()
@@ -25,7 +25,7 @@ def test_a_bug_can_be_planted(bug):
 
 
 def test_names_are_unique():
-    assert max(Counter(bug.name for bug in BUGS).values()) == 1
+    assert max(Counter(bug.name for bug in ALL).values()) == 1
 
 
 def test_a_text_that_is_gone_is_an_error():
@@ -63,4 +63,4 @@ def plant(*options):
 def test_every_bug_is_caught():
     done = plant("--jobs", "2")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert done.stdout.endswith(f"{len(BUGS)} of {len(BUGS)} caught\n")
+    assert done.stdout.endswith(f"{len(ALL)} of {len(ALL)} caught\n")
