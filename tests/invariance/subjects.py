@@ -30,43 +30,6 @@ from rlhf_lightning.data.collate import (
 from rlhf_lightning.data.rankings import RankingCollator
 from rlhf_lightning.data.sampler import BucketBatchSampler
 from rlhf_lightning.generation.engine import Generation, GenerationEngine, SamplingParameters
-from rlhf_lightning.losses import (
-    AlphaDivergence,
-    AOTLoss,
-    APODownLoss,
-    APOZeroLoss,
-    APOZeroUnpairedLoss,
-    BCOPairLoss,
-    BCOUnpairedLoss,
-    BradleyTerryLoss,
-    CISPOLoss,
-    ClippedLoss,
-    CPOLoss,
-    DPOLoss,
-    EXOLoss,
-    FDPOLoss,
-    HingeLoss,
-    IPOLoss,
-    JensenShannon,
-    LDDPOLoss,
-    MixedLoss,
-    NCALoss,
-    NLLLoss,
-    NormalisedDPOLoss,
-    ORPOLoss,
-    PairLoss,
-    PlackettLuceLoss,
-    PolicyObjective,
-    PPOLoss,
-    ReinforceLoss,
-    RobustDPOLoss,
-    SequenceClippedLoss,
-    SimPOLoss,
-    SPPOHardLoss,
-    UnpairedLoss,
-    WPOLoss,
-)
-from rlhf_lightning.models.ensemble import Ensemble
 from rlhf_lightning.models.export import export_folder
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.spec import ModelSpec
@@ -74,24 +37,21 @@ from rlhf_lightning.modules import (
     DPOModule,
     GRPOModule,
     KTOModule,
-    PPOModule,
+    OnlineDPOModule,
     ProcessRewardModule,
     RewardModelModule,
     SFTModule,
     strategies,  # noqa: F401  (fsdp2)
 )
-from rlhf_lightning.modules.grpo_update import Groups, GRPOUpdate
 from rlhf_lightning.modules.handoff import shard_if_asked
-from rlhf_lightning.modules.moving_reference import MovingReference
 from rlhf_lightning.modules.optimization import Schedule, whole
-from rlhf_lightning.modules.ppo import PPOUpdate
 from rlhf_lightning.rewards.function import FunctionReward
 from rlhf_lightning.rollouts.buffer import Rollout
 from rlhf_lightning.rollouts.collect import Responses
-from rlhf_lightning.rollouts.group_advantages import CriticFree, GreedyBaseline, GroupMean, LeaveOneOut, ReturnToGo
 from rlhf_lightning.rollouts.kl_control import AdaptiveKL
 from tests.invariance.rearrangements import (
     EOS,
+    IN_ORDER,
     PAD,
     ROWS,
     STEP,
@@ -101,6 +61,7 @@ from tests.invariance.rearrangements import (
     lay_out,
     lay_out_prompts,
 )
+from tests.methods import METHODS, Method, methods_for
 
 HIDDEN = 16
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -215,35 +176,107 @@ def scored(number: list[int], completion_ids: list[list[int]]) -> list[float]:
 
 # ---------------------------------------------------------------- the list
 
+COLUMNS: dict[str, dict[str, list[Any]]] = {
+    "texts": DEMONSTRATIONS,
+    "weighted texts": WEIGHTED,
+    "steps": SOLUTIONS,
+    "pairs": PREFERENCES,
+    "annotated pairs": ANNOTATED,
+    "rankings": RANKINGS,
+    "unpaired": UNPAIRED,
+    "prompts": PROMPT_ROWS,
+}
+COLLATORS: dict[str, Any] = {
+    "texts": SequenceCollator(PAD),
+    "weighted texts": SequenceCollator(PAD),
+    "steps": StepwiseCollator(PAD),
+    "pairs": PreferenceCollator(PAD),
+    "annotated pairs": PreferenceCollator(PAD),
+    "rankings": RankingCollator(PAD),
+    "unpaired": UnpairedCollator(PAD, 64),
+    "prompts": PromptCollator(PAD),
+}
+# What each row adds to the denominator of the loss; 1 where nothing else is said.
+WEIGHTS: dict[str, list[float]] = {
+    "texts": [len(row) for row in CHOSEN],
+    "weighted texts": [w * len(row) for w, row in zip(WEIGHTED["weight"], CHOSEN, strict=True)],
+    "steps": [len(row) for row in SOLUTIONS["labels"]],
+}
+
 
 @dataclass(frozen=True)
 class Subject:
-    """A module with its rows.
+    """A method of the registry, as these tests run it.
 
     Attributes:
-        build: The module, from an architecture and the folder of a trained scalar model of that architecture.
-        columns: Its tokenized rows.
-        collator: Makes its batches.
-        weights: What each row adds to the denominator of the loss.
-        online: Whether ``micro`` is the module's own affair rather than the Trainer's.
+        method: Which one.
+        lr: Of plain gradient descent.
         dtype: Of the weights. In float64 rounding leaves no room to hide; scalar heads are float32 whatever the weights are.
         whole_step: Whether its loss looks at all rows of a step at once, so that it has no micro-batches.
+        neighbours: Whether its loss also depends on which row comes before which.
     """
 
-    build: Callable[[dict[str, Any], str, Arrangement], pl.LightningModule]
-    columns: dict[str, list[Any]]
-    collator: Any
-    weights: list[float]
-    online: bool = False
+    method: Method
+    lr: float
     dtype: torch.dtype = torch.float32
     whole_step: bool = False
+    neighbours: bool = False
+
+    @property
+    def online(self) -> bool:
+        """Whether ``micro`` is the module's own affair rather than the Trainer's."""
+        return self.method.samples
+
+    @property
+    def columns(self) -> dict[str, list[Any]]:
+        """Its tokenized rows."""
+        return COLUMNS[self.method.rows]
+
+    @property
+    def collator(self) -> Any:
+        """Makes its batches."""
+        return COLLATORS[self.method.rows]
+
+    @property
+    def weights(self) -> list[float]:
+        """What each row adds to the denominator of the loss."""
+        return WEIGHTS.get(self.method.rows, [1.0] * ROWS)
 
     def takes(self, arrangement: Arrangement) -> bool:
         """Whether its rows can be laid out so."""
-        if self.whole_step and arrangement.micro < STEP:
+        if (self.whole_step or self.neighbours) and arrangement.micro < STEP:
+            return False
+        if self.neighbours and arrangement.order != IN_ORDER:
             return False
         # Prompts end in the last column, whatever they hold, and responses begin in the first: no text at the right end.
         return not (self.online and arrangement.flush_right)
+
+    def build(self, architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> Any:
+        """The module, from an architecture and the folder of a trained scalar model of that architecture."""
+        spec = ModelSpec(architecture=architecture, attn_implementation=ATTENTION[arrangement.packed])
+        if not self.online:
+            return self.method.build(spec, optimizer=sgd(self.lr))
+        module = self.method.build(spec, scalar, optimizer=sgd(self.lr), **self.sampling(arrangement))
+        module.engine = Answers()
+        return module
+
+    def sampling(self, arrangement: Arrangement) -> dict[str, Any]:
+        """How a method that samples is run: two passes over all that was drawn in one step each."""
+        together = self.method.together
+        update = {
+            "epochs": 2,
+            "minibatch_size": 2 * STEP if self.method.groups else STEP,
+            "micro_batch_size": together * arrangement.micro,
+            "max_grad_norm": 1e6,
+        }
+        kl = {} if self.method.module is OnlineDPOModule else {"kl": AdaptiveKL(init=0.2, target=1.0, horizon=50)}
+        return {
+            "reward": FunctionReward(scored),
+            "sampling": SamplingParameters(max_new_tokens=LONGEST, temperature=0.7),
+            "update": update,
+            "schedule": Schedule(decay="constant"),
+            **kl,
+        }
 
 
 def sgd(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
@@ -251,174 +284,40 @@ def sgd(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
     return lambda params: torch.optim.SGD(params, lr=lr)
 
 
-ATTENTION = {True: None, False: "eager"}  # rows are laid end to end where nobody asks for an attention of their own
-
-
-def spec(architecture: dict[str, Any], arrangement: Arrangement) -> ModelSpec:
-    return ModelSpec(architecture=architecture, attn_implementation=ATTENTION[arrangement.packed])
-
-
-def build_sft(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
-    return SFTModule(spec(architecture, arrangement), optimizer=sgd(0.05))
-
-
-def build_process_reward(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
-    return ProcessRewardModule(spec(architecture, arrangement), optimizer=sgd(0.005))
-
-
-def build_reward_model(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
-    loss = BradleyTerryLoss(centering_coef=0.05, margin_scale=0.7)
-    return RewardModelModule(spec(architecture, arrangement), loss, optimizer=sgd(0.005), normalise=False)
-
-
-def build_ranking(loss: Any, **settings: Any) -> Callable[[dict[str, Any], str, Arrangement], pl.LightningModule]:
-    def build(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
-        network = spec(architecture, arrangement)
-        return RewardModelModule(network, loss, optimizer=sgd(0.005), normalise=False, **settings)
-
-    return build
-
-
-def build_dpo(
-    loss: PairLoss, lr: float, **settings: Any
-) -> Callable[[dict[str, Any], str, Arrangement], pl.LightningModule]:
-    def build(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
-        return DPOModule(spec(architecture, arrangement), loss, optimizer=sgd(lr), **settings)
-
-    return build
-
-
-# What is the matter with one is the matter with the sum. Weights bring squares and exponentials down to the size of the others.
-PAIR_LOSSES: dict[PairLoss, float] = {
-    RobustDPOLoss(0.3): 1.0,
-    HingeLoss(0.3): 1.0,
-    EXOLoss(0.3, 0.1): 1.0,
-    NormalisedDPOLoss(2.0): 1.0,
-    LDDPOLoss(0.3): 1.0,
-    FDPOLoss(0.3, JensenShannon()): 1.0,
-    FDPOLoss(0.3, AlphaDivergence(0.9)): 0.1,
-    NCALoss(0.3): 1.0,
-    BCOPairLoss(0.3): 1.0,
-    SPPOHardLoss(0.5): 0.01,
-    APOZeroLoss(0.3): 1.0,
-    APODownLoss(0.3): 1.0,
-    WPOLoss(SimPOLoss()): 1.0,
-    CPOLoss(0.3, nll_coef=0.1): 1.0,
-    ORPOLoss(): 1.0,
-    NLLLoss(per_token=True): 1.0,
+ATTENTION = {True: None, False: "eager"}  # sequences are packed unless an attention is asked for
+LEARNING_RATES = {
+    "sft": 0.05,
+    "sft, weighted": 0.05,
+    "dpo": 0.01,
+    "ipo": 1e-4,
+    "every pair loss": 0.005,
+    "aot": 0.01,
+    "kto": 0.01,
+    "apo-zero, unpaired": 0.01,
+    "bco, unpaired": 0.01,
+    "ppo": 0.01,
+    "ppo, shared trunk": 0.01,
+    "grpo": 0.01,
+    "online dpo": 0.01,
+    "online simpo": 0.01,
 }
-EVERY_PAIR_LOSS = MixedLoss(list(PAIR_LOSSES), list(PAIR_LOSSES.values()))
+SHARED_RATES = {RewardModelModule: 0.005, ProcessRewardModule: 0.005, GRPOModule: 0.001}
 
 
-def build_kto(loss: UnpairedLoss, lr: float) -> Callable[[dict[str, Any], str, Arrangement], pl.LightningModule]:
-    def build(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
-        return KTOModule(spec(architecture, arrangement), loss, optimizer=sgd(lr))
-
-    return build
-
-
-def build_ppo(critic: bool) -> Callable[[dict[str, Any], str, Arrangement], pl.LightningModule]:
-    def build(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
-        module = PPOModule(
-            spec(architecture, arrangement),
-            ModelSpec(path=scalar, attn_implementation=ATTENTION[arrangement.packed]) if critic else None,
-            FunctionReward(scored),
-            kl=AdaptiveKL(init=0.2, target=1.0, horizon=50),
-            sampling=SamplingParameters(max_new_tokens=LONGEST, temperature=0.7),
-            loss=PPOLoss(value_coef=0.5, entropy_coef=0.01),
-            update=PPOUpdate(epochs=2, minibatch_size=STEP, micro_batch_size=arrangement.micro, max_grad_norm=1e6),
-            optimizer=sgd(0.01),
-            schedule=Schedule(decay="constant"),
-        )
-        module.engine = Answers()
-        return module
-
-    return build
+def subject_of(name: str) -> Subject:
+    """The method of that name; a scalar head is float32 whatever the trunk is, and so are rollouts."""
+    method = METHODS[name]
+    double = method.module in (SFTModule, DPOModule, KTOModule)
+    return Subject(
+        method,
+        LEARNING_RATES.get(name) or SHARED_RATES[method.module],
+        torch.float64 if double else torch.float32,
+        whole_step=name == "aot",
+        neighbours=name == "kto",
+    )
 
 
-def build_group(
-    advantages: CriticFree, objective: PolicyObjective, lr: float = 0.001, **groups: Any
-) -> Callable[[dict[str, Any], str, Arrangement], pl.LightningModule]:
-    def build(architecture: dict[str, Any], scalar: str, arrangement: Arrangement) -> pl.LightningModule:
-        module = GRPOModule(
-            spec(architecture, arrangement),
-            FunctionReward(scored),
-            advantages,
-            objective,
-            kl=AdaptiveKL(init=0.2, target=1.0, horizon=50),
-            groups=Groups(size=2, **groups),
-            sampling=SamplingParameters(max_new_tokens=LONGEST, temperature=0.7),
-            update=GRPOUpdate(epochs=2, minibatch_size=2 * STEP, micro_batch_size=arrangement.micro, max_grad_norm=1e6),
-            optimizer=sgd(lr),
-            schedule=Schedule(decay="constant"),
-        )
-        module.engine = Answers()
-        return module
-
-    return build
-
-
-PAIRS: dict[str, Any] = {"columns": PREFERENCES, "collator": PreferenceCollator(PAD), "weights": [1] * ROWS}
-RANKED_ROWS: dict[str, Any] = {"columns": RANKINGS, "collator": RankingCollator(PAD)}
-SINGLES: dict[str, Any] = {"columns": UNPAIRED, "collator": UnpairedCollator(PAD, 64), "weights": [1] * ROWS}
-DOUBLE: dict[str, Any] = {"dtype": torch.float64}
-ONLINE: dict[str, Any] = {
-    "columns": PROMPT_ROWS,
-    "collator": PromptCollator(PAD),
-    "weights": [1] * ROWS,
-    "online": True,
-}
-SUBJECTS: dict[str, Subject] = {
-    "sft": Subject(build_sft, DEMONSTRATIONS, SequenceCollator(PAD), [len(row) for row in CHOSEN], **DOUBLE),
-    "sft, weighted": Subject(
-        build_sft,
-        WEIGHTED,
-        SequenceCollator(PAD),
-        [w * len(row) for w, row in zip(WEIGHTED["weight"], CHOSEN, strict=True)],
-        **DOUBLE,
-    ),
-    "process reward": Subject(
-        build_process_reward, SOLUTIONS, StepwiseCollator(PAD), [len(row) for row in SOLUTIONS["labels"]]
-    ),
-    "reward model": Subject(build_reward_model, **(PAIRS | {"columns": ANNOTATED})),
-    "rankings, ensemble": Subject(
-        build_ranking(BradleyTerryLoss(centering_coef=0.05), ensemble=Ensemble(2, "own")), **(PAIRS | RANKED_ROWS)
-    ),
-    "plackett-luce": Subject(build_ranking(PlackettLuceLoss()), **(PAIRS | RANKED_ROWS)),
-    "dpo": Subject(build_dpo(DPOLoss(beta=0.3, label_smoothing=0.1), 0.01), **PAIRS, **DOUBLE),
-    "ipo": Subject(build_dpo(IPOLoss(tau=0.5), 1e-4), **PAIRS, **DOUBLE),
-    "every pair loss": Subject(
-        build_dpo(EVERY_PAIR_LOSS, 0.005, moving_reference=MovingReference(every=1)), **PAIRS, **DOUBLE
-    ),
-    "aot": Subject(build_dpo(AOTLoss(beta=0.3), 0.01), **PAIRS, **DOUBLE, whole_step=True),
-    # KTO's own reference point is of the micro-batch; what holds for it is in integration/test_kto.py.
-    "apo-zero, unpaired": Subject(build_kto(APOZeroUnpairedLoss(0.3, 1.2, 0.8), 0.01), **SINGLES, **DOUBLE),
-    "bco, unpaired": Subject(build_kto(BCOUnpairedLoss(0.3, 1.2, 0.8), 0.01), **SINGLES, **DOUBLE),
-    "ppo": Subject(build_ppo(critic=True), **ONLINE),
-    "ppo, shared trunk": Subject(build_ppo(critic=False), **ONLINE),
-    "grpo": Subject(
-        build_group(GroupMean(), PolicyObjective("sequence_mean", "loss_k3_token", entropy_coef=0.01), lr=0.01),
-        **ONLINE,
-    ),
-    "rloo": Subject(
-        build_group(LeaveOneOut(), PolicyObjective("sequence_sum", "reward_k1", ReinforceLoss())), **ONLINE
-    ),
-    "reinforce++": Subject(
-        build_group(ReturnToGo(group_baseline=True), PolicyObjective("token_mean", "loss_k2_sequence", CISPOLoss())),
-        **ONLINE,
-    ),
-    "gspo": Subject(
-        build_group(
-            GroupMean(scale="batch"),
-            PolicyObjective("constant_length", "loss_k3_token", SequenceClippedLoss()),
-            mask_truncated=True,
-        ),
-        **ONLINE,
-    ),
-    "remax": Subject(
-        build_group(GreedyBaseline(), PolicyObjective("sequence_sum", "reward_k1", ClippedLoss())), **ONLINE
-    ),
-}
+SUBJECTS: dict[str, Subject] = {name: subject_of(name) for name in methods_for("layout")}
 
 
 # ---------------------------------------------------------------- a run
@@ -471,7 +370,7 @@ def configured(subject: Subject, architecture: str, scalar: str, arrangement: Ar
     module.tokenizer = tokenizer()
     module.configure_model()
     widened(module.to(subject.dtype), 11)
-    if hasattr(module, "reference"):
+    if getattr(module, "reference", None) is not None:
         widened(module.reference.network.to(subject.dtype), 12)
     if subject.online:
         rearrange_rollouts(module, arrangement)
@@ -532,7 +431,7 @@ def sharded(module: Any) -> None:
     """As ``configure_model`` does it, for a module that is configured already."""
     for network in (getattr(module, "actor_critic", None) or getattr(module, "policy", None) or module.network,):
         shard_if_asked(module, network)
-    if hasattr(module, "reference"):
+    if getattr(module, "reference", None) is not None:
         shard_if_asked(module, module.reference.network)
 
 

@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.invariance.rearrangements import PLAIN, STEP, VOCABULARY, Arrangement
-from tests.invariance.subjects import ANSWERS, CHOSEN, HIDDEN, LONGEST, REJECTED, SUBJECTS, run, scalar_folder
+from tests.invariance.subjects import ANSWERS, CHOSEN, HIDDEN, LONGEST, REJECTED, SUBJECTS, UNPAIRED, run, scalar_folder
+from tests.methods import methods_for
 
 
 class MostLogits(TorchDispatchMode):
@@ -31,17 +32,29 @@ def scalar(tmp_path):
     return scalar_folder(tmp_path, "rotary")
 
 
-@pytest.mark.parametrize("arrangement", [PLAIN, Arrangement(before=20, after=20)])
-@pytest.mark.parametrize(("subject", "rows"), [("sft", [CHOSEN]), ("dpo", [CHOSEN, REJECTED])])
-def test_prompts_and_padding_never_meet_the_vocabulary(scalar, subject, rows, arrangement):
+METHODS_OF_TOKENS = methods_for("memory")
+OFFLINE = [name for name in METHODS_OF_TOKENS if not SUBJECTS[name].online]
+SAMPLING = [name for name in METHODS_OF_TOKENS if SUBJECTS[name].online]
+# Responses that a method's rows of the first step hold: of unpaired rows, those of the prompts' neighbours are scored apart.
+RESPONSES = {"texts": [CHOSEN], "pairs": [CHOSEN, REJECTED], "unpaired": [UNPAIRED["completion_ids"]]}
+
+
+@pytest.mark.parametrize("arrangement", [PLAIN, Arrangement(before=20, after=20)], ids=["plain", "padded"])
+@pytest.mark.parametrize("subject", OFFLINE)
+def test_prompts_and_padding_never_meet_the_vocabulary(scalar, subject, arrangement):
+    rows = RESPONSES[SUBJECTS[subject].method.rows]
     with MostLogits() as most:
         run(SUBJECTS[subject], "rotary", scalar, arrangement)
-    assert most.rows == sum(len(ids) for side in rows for ids in side[:STEP])
+    tokens = sum(len(ids) for side in rows for ids in side[:STEP])
+    # KTO's reference reads each answer a second time, behind another prompt.
+    assert most.rows == (2 * tokens if subject == "kto" else tokens)
 
 
-@pytest.mark.parametrize("subject", ["ppo", "ppo, shared trunk"])
+@pytest.mark.parametrize("subject", SAMPLING)
 @pytest.mark.parametrize("micro", [1, 2, STEP])
 def test_rollout_update_and_validation_look_at_one_micro_batch_at_a_time(scalar, subject, micro):
+    """A micro-batch of online DPO is of pairs. Validation and scoring read a micro-batch of responses too."""
     with MostLogits() as most:
         run(SUBJECTS[subject], "rotary", scalar, Arrangement(micro=micro))
-    assert LONGEST <= most.rows <= sum(sorted(map(len, ANSWERS))[-micro:])
+    longest = sorted(map(len, ANSWERS * 3))[-micro * SUBJECTS[subject].method.together :]
+    assert LONGEST <= most.rows <= sum(longest)

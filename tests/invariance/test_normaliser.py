@@ -12,6 +12,7 @@ from rlhf_lightning.data.sources import Source
 from rlhf_lightning.data.splits import Split
 from tests.invariance.rearrangements import PLAIN
 from tests.invariance.subjects import SUBJECTS, batches, configured, scalar_folder, tokenizer
+from tests.methods import methods_for
 
 ROWS = {
     "text": [{"text": "a b c d e"}, {"text": "f"}, {"text": "g h a"}],
@@ -48,7 +49,7 @@ def test_sft_divides_by_the_tokens_that_it_sums_over(kind, mask, tmp_path):
     assert loss.item() == pytest.approx(module.train_means.compute()["loss"].item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("subject", ["sft", "sft, weighted", "process reward", "reward model", "dpo", "ipo"])
+@pytest.mark.parametrize("subject", methods_for("logged mean"))
 def test_the_loss_of_a_whole_step_is_the_logged_mean(subject, tmp_path):
     module = configured(SUBJECTS[subject], "rotary", scalar_folder(tmp_path, "rotary"), PLAIN)
     loss = module.training_step(batches(SUBJECTS[subject], PLAIN)[0], 0)

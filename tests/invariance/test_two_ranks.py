@@ -25,6 +25,7 @@ from tests.invariance.compare import assert_same
 from tests.invariance.on_ranks import SHARED
 from tests.invariance.rearrangements import PLAIN
 from tests.invariance.subjects import ARCHITECTURES, SUBJECTS, Trace, run, scalar_folder
+from tests.methods import methods_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,19 +90,19 @@ def same_as_one(traces, subject, scalars):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("subject", methods_for("two ranks"))
 def test_two_ranks_do_as_one(subject, shared, scalars):
     same_as_one(shared(subject, "ddp"), subject, scalars)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("subject", methods_for("two ranks"))
 def test_two_ranks_with_half_of_the_weights_each_do_as_one(subject, shared, scalars):
     same_as_one(shared(subject, "fsdp2"), subject, scalars)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("subject", methods_for("two ranks"))
 def test_shards_change_nothing(subject, shared):
     """DDP and FSDP2 sum in another order: single gradients in float32 show it, the weights that come out hardly do."""
     copies, shards = (shared(subject, strategy)[0] for strategy in ("ddp", "fsdp2"))

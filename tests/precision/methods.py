@@ -1,6 +1,5 @@
 """Every method at learning rate 0 in one precision: what its first step, or its first iteration, logs."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,42 +20,16 @@ from rlhf_lightning.data.collate import (
 )
 from rlhf_lightning.data.sampler import BatchPlan
 from rlhf_lightning.generation.engine import GenerationEngine, SamplingParameters
-from rlhf_lightning.losses import (
-    APOZeroUnpairedLoss,
-    BCOUnpairedLoss,
-    CISPOLoss,
-    ClippedLoss,
-    DPOLoss,
-    HingeLoss,
-    IPOLoss,
-    NCALoss,
-    PolicyObjective,
-    PPOLoss,
-    ReinforceLoss,
-    RobustDPOLoss,
-    SequenceClippedLoss,
-    SimPOLoss,
-)
 from rlhf_lightning.models.export import export_folder
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.modules import (
-    DPOModule,
-    GRPOModule,
-    KTOModule,
-    OnlineDPOModule,
-    PPOModule,
-    ProcessRewardModule,
-    RewardModelModule,
-    SFTModule,
-)
-from rlhf_lightning.modules.grpo_update import Groups, GRPOUpdate
-from rlhf_lightning.modules.ppo_update import PPOUpdate
+from rlhf_lightning.modules import GRPOModule, OnlineDPOModule, PPOModule
 from rlhf_lightning.rewards.function import FunctionReward
-from rlhf_lightning.rollouts.group_advantages import BatchMean, GreedyBaseline, GroupMean, LeaveOneOut, ReturnToGo
 from rlhf_lightning.rollouts.kl_control import FixedKL
 from rlhf_lightning.rollouts.mismatch import Importance
 from tests.invariance.subjects import Memory, tokenizer, widened
+from tests.methods import METHODS as REGISTRY
+from tests.methods import methods_for, one_of_each_module
 
 EOS, PAD = 2, 0
 TINY = {
@@ -111,6 +84,16 @@ ROWS: dict[str, tuple[dict[str, list[Any]], Any]] = {
         {"prompt_ids": PROMPTS, "chosen_ids": CHOSEN, "rejected_ids": REJECTED, "margin": [0.3] * COUNT},
         PreferenceCollator(PAD),
     ),
+    "annotated pairs": (
+        {
+            "prompt_ids": PROMPTS,
+            "chosen_ids": CHOSEN,
+            "rejected_ids": REJECTED,
+            "margin": [0.3] * COUNT,
+            "chosen_probability": [0.9] * COUNT,
+        },
+        PreferenceCollator(PAD),
+    ),
     "steps": (
         {
             "input_ids": [p + c + r for p, c, r in zip(PROMPTS, CHOSEN, REJECTED, strict=True)],
@@ -136,96 +119,73 @@ def reward(completion_ids: list[list[int]]) -> list[float]:
 
 # ---------------------------------------------------------------- methods
 
+DEFAULT = Importance()
+LN2 = 0.6931471805599453
+# What ``train/loss`` is while the policy is its reference, where that does not depend on the weights.
+AT_START = {
+    "dpo": LN2,
+    "robust dpo": LN2,
+    "ipo": 1.0,
+    "hinge": 1.0,
+    "nca": 2 * LN2,
+    "kto": 0.5,
+    "bco, unpaired": LN2,
+    "apo-zero, unpaired": 0.5,
+    "online dpo": LN2,
+}
+# Several minibatches, and micro-batches that cut groups: rows meet others in the update than in the rollout.
+UPDATES = {
+    GRPOModule: {"minibatch_size": 12, "micro_batch_size": 5},
+    PPOModule: {"epochs": 1, "minibatch_size": 4, "micro_batch_size": 3},
+    OnlineDPOModule: {"minibatch_size": 8, "micro_batch_size": 6},
+}
+
 
 @dataclass(frozen=True)
-class Method:
-    """A module with its rows, and the loss at step 0 where it is known.
+class Still:
+    """A method of the registry at learning rate 0.
 
     Attributes:
-        rows: Key of ``ROWS``.
-        build: The module, from the spec of the policy and the folder of a scalar model.
+        name: In the registry.
         loss: What ``train/loss`` must be with policy and reference alike; None where it depends on the weights.
     """
 
-    rows: str
-    build: Callable[..., Any]
+    name: str
     loss: float | None = None
+
+    @property
+    def rows(self) -> str:
+        """Key of ``ROWS``."""
+        return REGISTRY[self.name].rows
+
+    def build(self, spec: ModelSpec, scalar: str, importance: Importance = DEFAULT) -> Any:
+        """The module, from the spec of the policy and the folder of a scalar model."""
+        method = REGISTRY[self.name]
+        if not method.samples:
+            return method.build(spec, optimizer=still)
+        size = 4 if method.module is GRPOModule else None
+        kl = {"kl": FixedKL(0.1)} if method.module is GRPOModule else {}
+        return method.build(
+            spec,
+            scalar,
+            group_size=size,
+            reward=FunctionReward(reward),
+            update={**UPDATES[method.module], "importance": importance},
+            sampling=SamplingParameters(max_new_tokens=10, temperature=0.8),
+            optimizer=still,
+            **kl,
+        )
 
 
 def still(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=0.0)
 
 
-STILL: dict[str, Any] = {"optimizer": still}
-ONLINE = STILL | {"sampling": SamplingParameters(max_new_tokens=10, temperature=0.8)}
-# Several minibatches, and micro-batches that cut groups: rows meet others in the update than in the rollout.
-CUT: dict[str, Any] = {"minibatch_size": 12, "micro_batch_size": 5}
-DEFAULT = Importance()
-LN2 = 0.6931471805599453
-
-
-def pairs(loss: Any, at_start: float | None) -> Method:
-    return Method("pairs", lambda spec, scalar: DPOModule(spec, loss, **STILL), at_start)
-
-
-def unpaired(loss: Any, at_start: float | None) -> Method:
-    return Method("unpaired", lambda spec, scalar: KTOModule(spec, loss, **STILL), at_start)
-
-
-def group(advantages: Any, objective: PolicyObjective) -> Method:
-    def build(spec: ModelSpec, scalar: str, importance: Importance = DEFAULT) -> Any:
-        update = GRPOUpdate(**CUT, importance=importance)
-        arguments = (spec, FunctionReward(reward), advantages, objective, FixedKL(0.1), Groups(size=4))
-        return GRPOModule(*arguments, update=update, **ONLINE)
-
-    return Method("prompts", build)
-
-
-def ppo(critic: bool) -> Method:
-    def build(spec: ModelSpec, scalar: str, importance: Importance = DEFAULT) -> Any:
-        own = ModelSpec(path=scalar, dtype=spec.dtype) if critic else None
-        update = PPOUpdate(epochs=1, minibatch_size=4, micro_batch_size=3, importance=importance)
-        return PPOModule(spec, own, FunctionReward(reward), loss=PPOLoss(), update=update, **ONLINE)
-
-    return Method("prompts", build)
-
-
-def online_dpo(spec: ModelSpec, scalar: str, importance: Importance = DEFAULT) -> Any:
-    update = GRPOUpdate(minibatch_size=8, micro_batch_size=6, importance=importance)
-    return OnlineDPOModule(spec, FunctionReward(reward), groups=Groups(size=3), update=update, **ONLINE)
-
-
-METHODS: dict[str, Method] = {
-    "sft": Method("texts", lambda spec, scalar: SFTModule(spec, **STILL)),
-    "reward model": Method("pairs", lambda spec, scalar: RewardModelModule(spec, normalise=False, **STILL)),
-    "process reward": Method("steps", lambda spec, scalar: ProcessRewardModule(spec, **STILL)),
-    "dpo": pairs(DPOLoss(beta=0.5), LN2),
-    "robust dpo": pairs(RobustDPOLoss(beta=0.5), LN2),
-    "ipo": pairs(IPOLoss(tau=0.5), 1.0),
-    "hinge": pairs(HingeLoss(beta=0.5), 1.0),
-    "nca": pairs(NCALoss(beta=0.5), 2 * LN2),
-    "simpo": pairs(SimPOLoss(), None),
-    "kto": Method("unpaired", lambda spec, scalar: KTOModule(spec, **STILL), 0.5),
-    "bco": unpaired(BCOUnpairedLoss(), LN2),
-    "apo-zero": unpaired(APOZeroUnpairedLoss(), 0.5),
-    "ppo": ppo(critic=True),
-    "ppo, shared trunk": ppo(critic=False),
-    "grpo": group(GroupMean(), PolicyObjective("sequence_mean", "loss_k3_token")),
-    "rloo": group(LeaveOneOut(), PolicyObjective("sequence_sum", "reward_k1", ReinforceLoss())),
-    "rloo, sequence ratio": group(
-        LeaveOneOut(),
-        PolicyObjective("sequence_sum", "reward_k1", SequenceClippedLoss(0.2, 0.2, length_normalised=False)),
-    ),
-    "reinforce": group(BatchMean(), PolicyObjective("sequence_sum", "reward_k1", ReinforceLoss())),
-    "reinforce++": group(ReturnToGo(), PolicyObjective("token_mean", "loss_k2_sequence")),
-    "dapo": group(GroupMean(), PolicyObjective("token_mean", "reward_k1", ClippedLoss(clip_high=0.28))),
-    "gspo": group(GroupMean(), PolicyObjective("sequence_mean", "loss_k3_token", SequenceClippedLoss())),
-    "cispo": group(GroupMean(), PolicyObjective("token_mean", "loss_k3_token", CISPOLoss())),
-    "remax": group(GreedyBaseline(), PolicyObjective("sequence_sum", "reward_k1")),
-    "online dpo": Method("prompts", online_dpo, LN2),
-}
+METHODS: dict[str, Still] = {name: Still(name, AT_START.get(name)) for name in methods_for("precision")}
 OFFLINE = [name for name, method in METHODS.items() if method.rows != "prompts"]
 SAMPLING = [name for name, method in METHODS.items() if method.rows == "prompts"]
+# One of each module; PPO without a critic, which needs no folder.
+TRAINED = ["ppo, shared trunk" if name == "ppo" else name for name in one_of_each_module("precision")]
 
 # ---------------------------------------------------------------- runs
 

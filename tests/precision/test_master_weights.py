@@ -14,7 +14,7 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules import DPOModule
 from rlhf_lightning.modules.master_weights import MasterWeights, check_learning_rate
 from rlhf_lightning.modules.optimization import Schedule
-from tests.precision.methods import METHODS, TINY, fit
+from tests.precision.methods import METHODS, TINY, TRAINED, fit
 
 LR = 1e-6
 
@@ -197,9 +197,7 @@ OF_TRAINER = ("bf16-true", {}), ("32-true", {"dtype": "bfloat16"}), ("bf16-mixed
 
 
 @pytest.mark.parametrize(("precision", "spec"), OF_TRAINER)
-@pytest.mark.parametrize(
-    "name", ["sft", "reward model", "process reward", "dpo", "kto", "ppo, shared trunk", "grpo", "online dpo"]
-)
+@pytest.mark.parametrize("name", TRAINED)
 def test_no_method_trains_weights_that_stay_where_they_are(name, precision, spec, tmp_path):
     module = module_of(name, ModelSpec(architecture=TINY, **spec), str(tmp_path))
     with pytest.raises(UserError, match="bfloat16 weights do not learn at a learning rate of 1e-06"):

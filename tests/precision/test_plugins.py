@@ -21,9 +21,7 @@ from rlhf_lightning.modules.moving_reference import MovingReference
 from rlhf_lightning.rewards.function import FunctionReward
 from rlhf_lightning.worlds import HHHWorld
 from tests.invariance.subjects import Memory
-from tests.precision.methods import METHODS, TINY, fit, folders, still
-
-TRAINED = ("sft", "reward model", "process reward", "dpo", "kto", "ppo, shared trunk", "grpo", "online dpo")
+from tests.precision.methods import METHODS, TINY, TRAINED, fit, folders, still
 
 
 def module_of(name):
