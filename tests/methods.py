@@ -47,6 +47,7 @@ from rlhf_lightning.losses import (
     SPPOHardLoss,
     WPOLoss,
 )
+from rlhf_lightning.losses.dpo import DiscoPOPLoss, DPOPLoss
 from rlhf_lightning.models.ensemble import Ensemble
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules import (
@@ -145,6 +146,8 @@ PAIR_LOSSES: dict[PairLoss, float] = {
     CPOLoss(0.3, nll_coef=0.1): 1.0,
     ORPOLoss(): 1.0,
     NLLLoss(per_token=True): 1.0,
+    DPOPLoss(0.3): 1.0,
+    DiscoPOPLoss(0.3): 1.0,
 }
 EVERY_PAIR_LOSS = MixedLoss(list(PAIR_LOSSES), list(PAIR_LOSSES.values()))
 
@@ -206,7 +209,8 @@ GROUP_PARTS = dict.fromkeys(("rloo, sequence ratio", "reinforce", "dapo", "cispo
 COEFFICIENTS = "another loss of the same module, which keeps nothing more in a checkpoint"
 SAME_FORWARD = "the forward of another method of this list, and another formula"
 OTHER_ROWS = "the forward of another method of this list, on other rows"
-PLAIN_LOOP = "TRL has no recorded run of it; gradient/test_plain_loops.py is its independent loop"
+PLAIN_LOOP = "no run of TRL is recorded; ground_truth/test_plain_loops.py has an independent loop"
+NO_PEER = "TRL has nothing that computes the same; ground_truth/ has its gradients"
 
 # Kind of test -> method -> reason.
 EXEMPT: dict[str, dict[str, str]] = {
@@ -249,6 +253,22 @@ EXEMPT: dict[str, dict[str, str]] = {
         (name for name, method in METHODS.items() if method.samples),
         "an iteration has many optimizer steps; test_layouts.py compares its losses",
     ),
+    # invariance/test_validation_numbers.py: what a validation counts.
+    "validation": IN_THE_SUM
+    | GROUP_PARTS
+    | {"every pair loss": "its reference moves between the step and the validation"}
+    | dict.fromkeys(("bco, unpaired", "rankings, ensemble"), SAME_FORWARD),
+    # resume/: killed and resumed, bit for bit.
+    "resume": dict.fromkeys(
+        ("sft, weighted", "plackett-luce", "outcome verifier", "ipo", "every pair loss", "aot"),
+        COEFFICIENTS,
+    )
+    | dict.fromkeys(("kto", "apo-zero, unpaired", "ppo, shared trunk", "rloo", "reinforce++", "gspo"), COEFFICIENTS)
+    | dict.fromkeys(("remax", "online simpo", *IN_THE_SUM, *GROUP_PARTS), COEFFICIENTS),
+    # peers/: TRL's recorded numbers.
+    "peer": dict.fromkeys(("process reward", "online dpo", "online simpo", "outcome verifier"), PLAIN_LOOP)
+    | dict.fromkeys(("sft, weighted", "rankings, ensemble", "plackett-luce"), NO_PEER)
+    | dict.fromkeys(("bco, unpaired", "ppo, shared trunk", "rloo", "reinforce", "reinforce++", "remax"), NO_PEER),
     "two ranks": IN_THE_SUM
     | GROUP_PARTS
     | {"kto": "its reference point pairs each prompt with the answer of the row before it, which two ranks divide"},

@@ -11,18 +11,18 @@ from safetensors.torch import load_file
 from rlhf_lightning.callbacks import export
 from rlhf_lightning.callbacks.loggers import run_loggers
 from rlhf_lightning.cli import main
-from rlhf_lightning.modules import OnlineDPOModule, RewardModelModule
+from rlhf_lightning.modules import RewardModelModule
 from rlhf_lightning.rewards.reward import Samples, checked_scores
 from rlhf_lightning.rewards.reward_model import RewardModelReward
 from rlhf_lightning.worlds import HHHWorld
-from tests.resume.runs import COMMON, MODULES, arguments, differences, make_base
+from tests.resume.runs import MODULES, arguments, differences, make_base
 
 SHORT = [
     "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "4", "--trainer.val_check_interval", "1.0",
     "--trainer.limit_val_batches", "1", "--trainer.num_sanity_val_steps", "0", "--samples.every_n_steps", "0",
 ]  # fmt: skip
 QUICK = ("sft", "reward", "ppo")
-METHODS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in [*MODULES, "online_dpo"]]
+METHODS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODULES]
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +32,11 @@ def base(tmp_path_factory):
 
 def command(method, base, run, *more):
     """A run of two optimizer steps or more and one validation, at its end."""
-    if method != "online_dpo":
-        return arguments(method, base, run, *SHORT, *more)
-    return [
-        "fit", "--model", "OnlineDPOModule", "--model.policy.path", str(base / "policy"), "--model.reward",
-        "RewardModelReward", "--model.reward.path", str(base / "reward"), "--model.sampling.max_new_tokens", "4",
-        "--data", "PromptDataModule", *COMMON, "--data.source.prompts", "48", *SHORT,
-        "--trainer.default_root_dir", str(run), *more,
-    ]  # fmt: skip
+    return arguments(method, base, run, *SHORT, *more)
 
 
 def module_of(method):
-    return MODULES.get(method, OnlineDPOModule)
+    return MODULES[method]
 
 
 def fails(*args, **kwargs):

@@ -19,10 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.resume.runs import METHODS, Crew, differences
+from tests.resume.runs import METHODS, SAMPLING, Crew, differences
 
 AGAIN = 0.4  # how often a run that goes on is killed as well
-SLOW = ("ppo", "grpo")  # an epoch of these is as long as two of the others
+SLOW = SAMPLING  # an epoch of these is as long as two of the others
 
 
 class Whole(NamedTuple):

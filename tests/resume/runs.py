@@ -24,28 +24,24 @@ from rlhf_lightning.commands.quiet import be_quiet
 from rlhf_lightning.models.export import export_folder
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.modules import (
-    DPOModule,
-    GRPOModule,
-    KTOModule,
-    PPOModule,
-    ProcessRewardModule,
-    RewardModelModule,
-    SFTModule,
-)
 from rlhf_lightning.worlds import world_tokenizer
+from tests.methods import METHODS as REGISTRY
 
-METHODS = ("sft", "reward", "rankings", "process", "dpo", "kto", "ppo", "grpo")
-MODULES = {
-    "sft": SFTModule,
-    "reward": RewardModelModule,
-    "rankings": RewardModelModule,
-    "process": ProcessRewardModule,
-    "dpo": DPOModule,
-    "kto": KTOModule,
-    "ppo": PPOModule,
-    "grpo": GRPOModule,
+# What a command line runs, and which method of the registry that is.
+NAMES = {
+    "sft": "sft",
+    "reward": "reward model",
+    "rankings": "rankings, ensemble",
+    "process": "process reward",
+    "dpo": "dpo",
+    "kto": "bco, unpaired",  # the loss of its family that remembers something from one step to the next
+    "ppo": "ppo",
+    "grpo": "grpo",
+    "online_dpo": "online dpo",
 }
+METHODS = tuple(NAMES)
+MODULES: dict[str, Any] = {name: REGISTRY[method].module for name, method in NAMES.items()}
+SAMPLING = tuple(name for name, method in NAMES.items() if REGISTRY[method].samples)
 FAST = ("sft", "ppo")
 # What differs between methods shows in these two; the nightly run has every method.
 BRIEF = [method if method in FAST else pytest.param(method, marks=pytest.mark.exhaustive) for method in METHODS]
@@ -90,7 +86,7 @@ def arguments(method: str, base: Path, folder: Path, *more: str) -> list[str]:
             "--model", "DPOModule", "--model.policy.path", policy, "--model.sampling.max_new_tokens", "4",
             "--data", "PreferenceDataModule", *OFFLINE, "--data.source.preferences", "48",
         ],
-        "kto": [  # with the loss of its family that remembers something from one step to the next
+        "kto": [
             "--model", "KTOModule", "--model.policy.path", policy, "--model.loss", "BCOUnpairedLoss",
             "--model.sampling.max_new_tokens", "4", "--data", "UnpairedDataModule", *OFFLINE, "--data.source.unpaired", "48",
         ],
@@ -106,6 +102,12 @@ def arguments(method: str, base: Path, folder: Path, *more: str) -> list[str]:
             "--model.objective.kl_placement", "loss_k3_token", "--model.kl", "AdaptiveKL", "--model.kl.horizon", "100",
             "--model.kl.target", "0.1", "--model.groups.size", "2", "--model.groups.prompts", "1", "--model.update.epochs", "2",
             "--model.update.minibatch_size", "2", "--model.sampling.max_new_tokens", "6", "--data", "PromptDataModule", *COMMON,
+            "--data.source.prompts", "48",
+        ],
+        "online_dpo": [
+            "--model", "OnlineDPOModule", "--model.policy.path", policy, "--model.reward", "RewardModelReward",
+            "--model.reward.path", reward, "--model.groups.size", "3", "--model.update.epochs", "2",
+            "--model.update.minibatch_size", "4", "--model.sampling.max_new_tokens", "6", "--data", "PromptDataModule", *COMMON,
             "--data.source.prompts", "48",
         ],
     }  # fmt: skip
@@ -140,7 +142,7 @@ def places(method: str) -> list[Place]:
         Place("log", module, "_finish"),
     ]
     return [
-        *(own if method in ("ppo", "grpo") else []),
+        *(own if method in SAMPLING else []),
         Place("epoch start", module, "on_train_epoch_start"),
         Place("batch", module, "training_step"),
         Place("validation", module, "validation_step"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.resume.runs import BRIEF, FAST, METHODS, Signal, arguments, differences
+from tests.resume.runs import BRIEF, FAST, METHODS, SAMPLING, Signal, arguments, differences
 
 ROOT = Path(__file__).parents[2]
 # Two epochs of twelve batches, two batches a step (ppo: one); checkpoints after batches 6, 10, 12, 16, 20, 24 (ppo: 5, 10, 12,
@@ -50,7 +50,13 @@ def killed(crew, method, name, *deaths, more=(), ranks=1):
 
 @pytest.mark.parametrize(
     ("method", "die"),
-    [("sft", ("batch", 19)), ("ppo", ("update", 31)), ("grpo", ("update", 31)), ("kto", ("batch", 19))],
+    [
+        ("sft", ("batch", 19)),
+        ("ppo", ("update", 31)),
+        ("grpo", ("update", 31)),
+        ("kto", ("batch", 19)),
+        ("online_dpo", ("update", 31)),
+    ],
 )
 def test_killed_once(crew, whole, method, die):
     assert differences(whole(method), killed(crew, method, name_of(method, die), die)) == []
@@ -113,7 +119,7 @@ def test_other_ways_to_count(crew, whole, method, more):
     ],
 )
 def test_two_ranks(crew, whole, method, strategy):
-    die = ("batch", 8) if method not in ("ppo", "grpo") else ("update", 22)  # there are six batches an epoch
+    die = ("batch", 8) if method not in SAMPLING else ("update", 22)  # there are six batches an epoch
     more = ("--trainer.strategy", strategy)
     folder = killed(crew, method, f"{method}-{strategy}", die, ("validation", 1), more=more, ranks=2)
     assert differences(whole(method, *more, ranks=2), folder) == []
