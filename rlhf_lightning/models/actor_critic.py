@@ -3,11 +3,10 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lightning.models.policy import PolicyNetwork, score_tokens
-from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.scalar_head import ScalarModel, float32_linear
 from rlhf_lightning.models.shared_critic import SharedCritic
 from rlhf_lightning.models.trunk import States, hidden_states
 
@@ -80,10 +79,7 @@ class ActorCritic(nn.Module):
         if self.critic is not None:
             return self.critic(input_ids, attention_mask, pooled=False)
         assert states is not None
-        with torch.autocast(states.hidden.device.type, enabled=False):
-            # In float32, whatever the weights are: bfloat16 values of neighbouring tokens tie.
-            head = self.value_head
-            return F.linear(states.hidden.float(), head.weight.float(), head.bias.float()).squeeze(-1)[states.at]
+        return float32_linear(self.value_head, states.hidden).squeeze(-1)[states.at]
 
     def parameter_groups(self, critic_lr: float | None) -> list[dict]:
         """Optimizer groups: the policy, and the critic with a learning rate of its own where one is given."""

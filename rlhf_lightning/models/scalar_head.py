@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
@@ -13,6 +13,26 @@ from rlhf_lightning.models.precision import Float32Buffers
 from rlhf_lightning.models.trunk import hidden_states
 
 SCALES = {"gain": 1.0, "bias": 0.0, "temperature": 0.0}  # what they are before they are measured
+
+
+def float32_linear(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """A linear layer in float32, whatever autocast and the weights say: bfloat16 scores of similar responses tie.
+
+    Args:
+        head: The layer.
+        hidden: Shape (..., in features).
+
+    Returns:
+        Shape (..., out features), float32.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias.float()
+        return F.linear(hidden.float(), head.weight.float(), bias)
+
+
+def _in_float32(head: nn.Linear, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
+    """A forward hook for the last layer of an encoder's own classification head."""
+    return float32_linear(head, inputs[0])
 
 
 class ScalarModel(Float32Buffers):
@@ -35,7 +55,9 @@ class ScalarModel(Float32Buffers):
         # An architecture without a head is refused here, not in the first step.
         self.members = last_linear(network).out_features
         self.encoder = is_encoder(network)
-        if not self.encoder:
+        if self.encoder:
+            last_linear(network).register_forward_hook(_in_float32)
+        else:
             use_rows(network)
         self.network = network
         for name, default in SCALES.items():
@@ -79,10 +101,7 @@ class ScalarModel(Float32Buffers):
         places = states.at.gather(1, last_true(attention_mask)[:, None]).squeeze(1) if pooled else states.at
         hidden = states.hidden.index_select(0, places) if pooled else states.hidden
         head = scalar_head(self.network)
-        # In float32: bfloat16 scores of similar responses tie.
-        with torch.autocast(hidden.device.type, enabled=False):
-            bias = None if head.bias is None else head.bias.float()
-            raw = F.linear(hidden.float(), head.weight.float(), bias)
+        raw = float32_linear(head, hidden)
         raw = raw.squeeze(-1) if self.members == 1 else raw
         return raw if pooled else raw[places]
 

@@ -271,7 +271,7 @@ class PPOModule(LightningModule):
             "loss/value_avg": value,
             "val/clipfrac_avg": value_clipped,
             "val/ratio": masked_sum(ratio, mask),
-            "val/ratio_squared": masked_sum(ratio.square(), mask),
+            "val/ratio_spread": masked_sum((ratio - 1).square(), mask),
         }
         self.update_means.update({name: (total, tokens) for name, total in counted.items()})
         return self.loss.total(policy, value, entropy, mask), squares

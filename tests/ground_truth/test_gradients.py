@@ -144,7 +144,7 @@ def test_in_ppos_first_minibatch_the_ratio_is_one_and_the_policy_has_not_moved(w
     module._finish = lambda rollout, stopped: counted.append(module.update_means.compute())
     one_step(module)
     assert counted[0]["val/ratio"].item() == pytest.approx(1, abs=1e-6)
-    assert counted[0]["val/ratio_squared"].item() == pytest.approx(1, abs=1e-6)
+    assert counted[0]["val/ratio_spread"].item() == pytest.approx(0, abs=1e-10)
     assert counted[0]["policy/approxkl_avg"].item() == pytest.approx(0, abs=1e-10)
     assert counted[0]["policy/clipfrac_avg"].item() == 0
 
