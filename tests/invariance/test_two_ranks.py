@@ -119,7 +119,7 @@ def test_shards_change_nothing(subject, shared):
 
 def together(work):
     """``work(rank, all_sum)`` on two threads whose sums meet."""
-    meet, sent = threading.Barrier(2, timeout=20), [torch.zeros(())] * 2
+    meet, sent = threading.Barrier(2, timeout=120), [torch.zeros(())] * 2
 
     def rank(number):
         def all_sum(value):

@@ -14,7 +14,10 @@ from tests.gloo import on_ranks
 
 
 def what_is_said(rank, ends):
-    """Two ranks for three seconds, at a limit of one; the second ends before in one of two ways, or computes on."""
+    """Two ranks for eight seconds, at a limit of five; the second ends before in one of two ways, or computes on.
+
+    A rank that is to be missed is waited for, however slow the machine is.
+    """
     said = []
 
     def leave(what):
@@ -22,7 +25,7 @@ def what_is_said(rank, ends):
         raise SystemExit  # of the thread
 
     heartbeat.EVERY, heartbeat.leave = 0.1, leave
-    callback = Heartbeat(limit=1.0)
+    callback = Heartbeat(limit=5.0)
     strategy = SimpleNamespace(barrier=lambda name: dist.barrier())
     trainer = SimpleNamespace(global_rank=rank, is_global_zero=rank == 0, world_size=2, strategy=strategy)
     callback.setup(trainer, None, "fit")
@@ -30,7 +33,9 @@ def what_is_said(rank, ends):
         callback.on_exception(trainer, None, RuntimeError())
     if rank == 1 and ends == "well":
         callback.teardown(trainer, None, "fit")
-    time.sleep(3)
+    end = time.monotonic() + (120 if ends == "with an error" else 8)
+    while time.monotonic() < end and not said and not (rank == 1 and ends == "with an error"):
+        time.sleep(0.1)
     dist.barrier()
     return said
 

@@ -1,7 +1,5 @@
 """Tokenized datasets: columns by hand, what happens to long rows, the cache, and the split by prompt."""
 
-import time
-
 import pytest
 from datasets import Dataset
 
@@ -16,6 +14,7 @@ from rlhf_lightning.data.tokenization import (
     tokenize_prompts,
 )
 from rlhf_lightning.errors import UserError
+from tests.calls import function_calls
 
 USER, BOT = {"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}
 
@@ -205,13 +204,22 @@ def test_several_processes_give_the_same_rows(word, monkeypatch):
     assert tokenize_demonstrations(data, word).to_list() == alone
 
 
-def test_eight_thousand_pairs_take_seconds(word):
-    pairs = rows(
-        *({"prompt": [USER], "chosen": [BOT], "rejected": [{**BOT, "content": "d " * (i % 9)}]} for i in range(8000))
-    )
-    start = time.perf_counter()
-    tokenize_preferences(pairs, word)
-    assert time.perf_counter() - start < 15  # 2 s on two idle cores
+def test_a_pair_takes_as_long_among_many_as_among_few(word):
+    """800 calls a pair; a comparison with the pairs before it would grow with their number."""
+
+    def calls(count):
+        pairs = rows(
+            *(
+                {"prompt": [USER], "chosen": [BOT], "rejected": [{**BOT, "content": "d " * (i % 9)}]}
+                for i in range(count)
+            )
+        )
+        return function_calls(lambda: tokenize_preferences(pairs, word))
+
+    calls(100)  # what is imported and compiled once
+    few, more, many = calls(200), calls(400), calls(800)
+    assert (more - few) / 200 < 1600
+    assert (many - more) / 400 < 1.3 * (more - few) / 200 + 50
 
 
 def test_split_by_prompt_keeps_prompts_whole_and_rows_in_place():

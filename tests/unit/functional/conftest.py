@@ -9,7 +9,7 @@ import pytest
 @pytest.fixture
 def on_two_ranks():
     """Results of ``work(rank, all_sum)`` on rank 0 and rank 1."""
-    meet, sent = threading.Barrier(2, timeout=20), [0, 0]
+    meet, sent = threading.Barrier(2, timeout=120), [0, 0]
 
     def all_sum_of(rank):
         def all_sum(value):

@@ -126,7 +126,7 @@ def test_an_answer_that_is_no_mathematics_does_not_apply(maths):
 
 @needs_math_verify
 def test_an_expression_without_end_counts_as_wrong_and_the_next_is_judged():
-    reward = MathReward(seconds=3.0, memory_mb=1024)
+    reward = MathReward(seconds=8.0, memory_mb=1024)
     endless = r"$\boxed{9^{9^{9^{9^{9}}}}+\sin(9^{9^{9^{9}}})!}$"
     assert reward.score(samples([endless, r"$\boxed{4}$", endless, r"$\boxed{5}$"], ["4", "4", "4", "5"])) == [
         0.0,

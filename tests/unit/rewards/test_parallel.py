@@ -9,7 +9,7 @@ from rlhf_lightning.rewards.parallel import in_parallel
 
 
 def test_answers_come_in_the_order_of_the_questions_and_at_the_same_time():
-    together = threading.Barrier(3, timeout=20)
+    together = threading.Barrier(3, timeout=120)
 
     def late(number):
         together.wait()  # passed only if all three are under way

@@ -216,7 +216,7 @@ def test_async_functions_are_awaited_with_an_event_loop_running_and_without():
 
 
 def test_rewards_that_wait_are_scored_at_the_same_time_and_the_others_in_this_thread():
-    together = threading.Barrier(2, timeout=20)
+    together = threading.Barrier(2, timeout=120)
 
     async def waits(prompts):
         together.wait()  # passed only if both are under way

@@ -1,6 +1,5 @@
 """The gold reward against sums done by hand, over every kind of question and every term of the formula."""
 
-import time
 from itertools import combinations, product
 
 import pytest
@@ -10,6 +9,7 @@ from rlhf_lightning.worlds import HHHWorld
 from rlhf_lightning.worlds.acts import CLOSINGS, OPENINGS, sentences
 from rlhf_lightning.worlds.gold import gold_score
 from rlhf_lightning.worlds.grammar import ATTRIBUTES, OBJECTS, OOD_PHRASING, all_items, render_prompt
+from tests.calls import function_calls
 
 FACTS = dict.fromkeys((attribute, thing) for attribute in ATTRIBUTES for thing in OBJECTS)
 FACTS |= {("colour", "hat"): "blue", ("place", "hat"): "attic", ("owner", "hat"): "emma"}
@@ -197,9 +197,9 @@ def test_a_prompt_of_no_world_is_refused():
         score("what is love ?", "it is blue .")
 
 
-def test_ten_thousand_scores_take_under_half_a_second():
+def test_a_score_is_a_handful_of_calls():
+    """72 of them; tables that were made anew for each score would be thousands."""
+    response = "good question . no , it is blue . have a nice day ."
     score(FACT, "")  # the tables are made once
-    start = time.process_time()
-    for _ in range(10_000):
-        score(FALSE_CLAIM, "good question . no , it is blue . have a nice day .")
-    assert time.process_time() - start < 0.5
+    calls = function_calls(lambda: [score(FALSE_CLAIM, response) for _ in range(100)])
+    assert calls < 100 * 150

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.worlds import HHHWorld
 from rlhf_lightning.worlds.grammar import OOD_PHRASING, parse_prompt, render_prompt
+from tests.calls import function_calls
 
 KINDS = ("demonstrations", "preferences", "prompts")
 SHARES = {"fact": 0.27, "sum": 0.12, "unknown": 0.15, "harm": 0.14, "benign": 0.12, "sycophancy": 0.20}
@@ -202,12 +202,20 @@ def test_fewer_rows_are_the_first_of_more(rows):
     assert fewer.load("preferences")["validation"].to_list() == rows["preferences"]["validation"]
 
 
-def test_all_three_kinds_are_made_quickly():
-    start = time.perf_counter()
-    world = HHHWorld(seed=9)
-    for kind in KINDS:
-        world.load(kind)
-    assert time.perf_counter() - start < 4.0  # 0.6 s on an idle machine
+def test_a_row_takes_as_long_in_a_large_world_as_in_a_small_one():
+    """300 calls for one of each kind; a search through the rows before it would grow with their number."""
+
+    def calls(count):
+        def load():
+            world = HHHWorld(seed=9, **dict.fromkeys(KINDS, count))
+            for kind in KINDS:
+                world.load(kind)
+
+        return function_calls(load)
+
+    few, more, many = calls(300), calls(600), calls(1200)
+    assert (more - few) / 300 < 600
+    assert (many - more) / 600 < 1.3 * (more - few) / 300 + 50
 
 
 @pytest.mark.parametrize(
