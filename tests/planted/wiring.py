@@ -159,14 +159,18 @@ VALIDATION: list[Bug] = [
         "validated rows in the means of DPO's training",
         "modules/dpo.py",
         "        self.eval_means.update(self._loss(batch)[1])",
-        "        counted = self._loss(batch)[1]\n        self.eval_means.update(counted)\n        self.train_means.update(counted)",
+        "        counted = self._loss(batch)[1]\n"
+        "        self.eval_means.update(counted)\n"
+        "        self.train_means.update(counted)",
         NO_TRACE("dpo"),
     ),
     validation(
         "validated rows in the running mean of BCO",
         "modules/kto.py",
         "        self.eval_means.update(self._loss(batch)[2])",
-        "        _, logratio, counted = self._loss(batch)\n        self.eval_means.update(counted)\n        self.seen.saw(logratio)",
+        "        _, logratio, counted = self._loss(batch)\n"
+        "        self.eval_means.update(counted)\n"
+        "        self.seen.saw(logratio)",
         NO_TRACE("kto"),
     ),
     validation(
@@ -194,7 +198,9 @@ VALIDATION: list[Bug] = [
         "a validation counts as an iteration's KL control",
         ONLINE,
         "    log_evaluation(module, module.eval_means, **logged_means(module, logged))",
-        '    log_evaluation(module, module.eval_means, **logged_means(module, logged))\n    if hasattr(module, "kl"):\n        module.kl.update(0.0, 1)',
+        "    log_evaluation(module, module.eval_means, **logged_means(module, logged))\n"
+        "    if hasattr(module, 'kl'):\n"
+        "        module.kl.update(0.0, 1)",
         NO_TRACE("grpo"),
     ),
     validation(

@@ -30,7 +30,16 @@ STEPS = {"ppo": 4, "grpo": 2, "online_dpo": 4}  # optimizer steps of an iteratio
 EPISODES = {"ppo": 4, "grpo": 2}  # responses that an iteration learns from
 HORIZON, TARGET = 100, 0.1
 OFTEN = ["--trainer.val_check_interval", "1", "--trainer.num_sanity_val_steps", "1", "--samples.every_n_steps", "3"]
-ONCE = ["--trainer.check_val_every_n_epoch", "2", "--trainer.val_check_interval", "1.0", "--trainer.num_sanity_val_steps", "0", "--samples.every_n_steps", "0"]
+ONCE = [
+    "--trainer.check_val_every_n_epoch",
+    "2",
+    "--trainer.val_check_interval",
+    "1.0",
+    "--trainer.num_sanity_val_steps",
+    "0",
+    "--samples.every_n_steps",
+    "0",
+]
 
 
 class Trace(NamedTuple):
@@ -131,7 +140,7 @@ def test_the_kl_coefficient_follows_the_kl_of_each_iteration(method, alone):
 
 
 def test_validations_and_samples_leave_no_trace_in_the_training(method, base, alone, tmp_path):
-    """One run validates after every batch and shows samples after every third, the other validates once, when everything is learnt."""
+    """One run validates after every batch and shows samples after every third; the other validates at its end."""
     often = run(method, base, tmp_path / "often", *OFTEN)
     assert all(training and gradients for training, gradients, _ in often.starts)
     assert len(often.starts) == len(alone.starts) > len(RATES) - 1

@@ -78,7 +78,10 @@ def test_what_is_kept_says_which_prompt_and_sample_it_was():
     texts = [["a", " ", "b", "c"], ["", " ", "", " "], ["", "d", "", "e"]]
     scores = [[1.0, 9.0, 3.0, 2.0], [4.0] * 4, [9.0, 1.0, 9.0, 2.0]]
     candidates = [
-        {"prompt": f"p{i}", "samples": [{"text": t, "score": s, "truncated": t == "e"} for t, s in zip(*both, strict=True)]}
+        {
+            "prompt": f"p{i}",
+            "samples": [{"text": t, "score": s, "truncated": t == "e"} for t, s in zip(*both, strict=True)],
+        }
         for i, both in enumerate(zip(texts, scores, strict=True))
     ]
     kept = select(candidates, RAFT(keep=2), {"seed": 0})
@@ -93,9 +96,7 @@ def test_what_is_kept_says_which_prompt_and_sample_it_was():
     assert [(row["completion"], row["rank"], row["sample"]) for row in weighted] == [
         ("b", 1, 2), ("c", 2, 3), ("a", 3, 0), ("e", 1, 3), ("d", 2, 1),
     ]  # fmt: skip
-    assert [row["weight"] for row in weighted] == pytest.approx(
-        [0.66524, 0.24473, 0.09003, 0.73106, 0.26894], abs=1e-5
-    )
+    assert [row["weight"] for row in weighted] == pytest.approx([0.66524, 0.24473, 0.09003, 0.73106, 0.26894], abs=1e-5)
 
 
 def test_a_summary_by_kind_takes_the_rows_of_each_kind():

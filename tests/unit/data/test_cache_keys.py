@@ -82,7 +82,8 @@ def test_every_setting_of_every_tokenization_is_here():
         make
         for module in (tokenization, rankings, steps)
         for _, make in inspect.getmembers(module, inspect.isfunction)
-        if make.__module__ == module.__name__ and inspect.signature(make).return_annotation in (Tokenization, "Tokenization")
+        if make.__module__ == module.__name__
+        and inspect.signature(make).return_annotation in (Tokenization, "Tokenization")
     }
     assert makers == set(KINDS)
     for make, (_, _, changes) in KINDS.items():

@@ -35,9 +35,7 @@ FORMS = {
     "rankings": lambda i: [
         {"prompt": turns(i), "completions": [bot(text), bot("no")], "ranks": [0.0, 1.0]} for text in answers(i)
     ],
-    "steps": lambda i: [
-        {"prompt": turns(i), "completions": [text, "so"], "labels": [1.0, 0.0]} for text in answers(i)
-    ],
+    "steps": lambda i: [{"prompt": turns(i), "completions": [text, "so"], "labels": [1.0, 0.0]} for text in answers(i)],
 }
 
 
@@ -64,7 +62,9 @@ def test_no_prompt_is_on_both_sides(form):
 def test_a_prompt_is_on_the_same_side_in_every_kind_of_rows():
     """Else what is held out of the preferences was trained on in the demonstrations."""
     sides = {form: set(split_by_prompt(rows_of(form), 0.3, seed=0)[1]["index"]) for form in FORMS}
-    assert sides["turns"] == sides["messages"] == sides["pairs"] == sides["labels"] == sides["rankings"] == sides["steps"]
+    assert (
+        sides["turns"] == sides["messages"] == sides["pairs"] == sides["labels"] == sides["rankings"] == sides["steps"]
+    )
 
 
 def test_seed_and_level_choose_others_and_the_share_only_more():
