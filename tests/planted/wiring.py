@@ -264,13 +264,6 @@ KEYS: list[Bug] = [
         "unit/data/test_cache_keys.py::test_a_hash_of_rows_sees_each_of_them_and_their_types",
     ),
     key(
-        "rows without their types",
-        "data/cache.py",
-        "hashlib.sha256(repr(dataset.features).encode())",
-        "hashlib.sha256()",
-        "unit/data/test_cache_keys.py::test_a_hash_of_rows_sees_each_of_them_and_their_types",
-    ),
-    key(
         "the types of the new columns",
         "data/cache.py",
         ', "features": repr(features)}, cache_dir',
@@ -296,13 +289,6 @@ KEYS: list[Bug] = [
         "data/formats.py",
         '{"format": converter.format.name, "kind": kind,',
         '{"kind": kind,',
-        "unit/data/test_cache_keys.py::test_format_kind_columns_and_rows_are_in_the_key_of_converted_rows",
-    ),
-    key(
-        "which columns rows were read from",
-        "data/formats.py",
-        ', "columns": repr(columns)}',
-        "}",
         "unit/data/test_cache_keys.py::test_format_kind_columns_and_rows_are_in_the_key_of_converted_rows",
     ),
     key(
