@@ -17,17 +17,446 @@ def of_pattern(pattern: str) -> Callable[..., Bug]:
     return make
 
 
+# A run of one method on the command line.
+RATES = "resume/test_every_run.py::test_each_step_has_the_rate_of_the_schedule[{}]".format
+COEFFICIENTS = "resume/test_every_run.py::test_the_kl_coefficient_follows_the_kl_of_each_iteration[{}]".format
+NO_TRACE = "resume/test_every_run.py::test_validations_and_samples_leave_no_trace_in_the_training[{}]".format
+OPTIMIZATION, ONLINE = "modules/optimization.py", "modules/online.py"
+
 schedule = of_pattern("schedules and controllers")
-SCHEDULES: list[Bug] = []
+SCHEDULES: list[Bug] = [
+    schedule(
+        "a decay over all steps, those of the warm-up included",
+        OPTIMIZATION,
+        "(step - self.warmup) / max(total - self.warmup, 1)",
+        "(step - self.warmup) / max(total, 1)",
+        RATES("sft"),
+    ),
+    schedule(
+        "a warm-up that begins at zero",
+        OPTIMIZATION,
+        "return (step + 1) / (self.warmup + 1)",
+        "return step / self.warmup",
+        RATES("sft"),
+    ),
+    schedule(
+        "a decay to a share of what is left",
+        OPTIMIZATION,
+        "return self.final + (1 - self.final) * shape if",
+        "return self.final + shape if",
+        RATES("dpo"),
+    ),
+    schedule(
+        "a schedule that moves once an epoch",
+        OPTIMIZATION,
+        '"interval": "step"',
+        '"interval": "epoch"',
+        RATES("kto"),
+    ),
+    schedule(
+        "a schedule over batches",
+        OPTIMIZATION,
+        "steps = trainer.estimated_stepping_batches\n",
+        "steps = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches\n",
+        RATES("process"),
+    ),
+    schedule(
+        "PPO's schedule over optimizer steps",
+        "modules/ppo.py",
+        "attach(optimizer, self.plan.iterations)",
+        "attach(optimizer, self.plan.steps)",
+        RATES("ppo"),
+    ),
+    schedule(
+        "GRPO's schedule over optimizer steps",
+        "modules/grpo.py",
+        "attach(optimizer, self.plan.iterations)",
+        "attach(optimizer, self.plan.steps)",
+        RATES("grpo"),
+    ),
+    schedule(
+        "online DPO's schedule stands still",
+        "modules/online_dpo.py",
+        "        scheduler.step()\n",
+        "        pass\n",
+        RATES("online_dpo"),
+    ),
+    schedule(
+        "the critic learns at the policy's rate",
+        "modules/ppo.py",
+        "parameter_groups(self.update.critic_lr)",
+        "parameter_groups(None)",
+        RATES("ppo"),
+    ),
+    schedule(
+        "the plan of GRPO without the group size",
+        "modules/grpo.py",
+        "prompts) * self.groups.size\n",
+        "prompts)\n",
+        "integration/test_iterations.py::test_rows_of_groups_and_pairs_are_counted[grpo-steps0]",
+    ),
+    schedule(
+        "the plan of online DPO with one response a pair",
+        "modules/online_dpo.py",
+        "math.ceil(2 * prompts /",
+        "math.ceil(prompts /",
+        "integration/test_iterations.py::test_rows_of_groups_and_pairs_are_counted[online_dpo-steps1]",
+    ),
+    schedule(
+        "a KL coefficient that reacts to all episodes so far",
+        "modules/ppo.py",
+        "int(self.all_sum(torch.tensor(len(rollout), device=self.device))))",
+        "self.episodes)",
+        COEFFICIENTS("ppo"),
+    ),
+    schedule(
+        "a KL coefficient that PPO never changes",
+        "modules/ppo.py",
+        '        self.kl.update(float(means["objective/kl"])',
+        '        _ = (float(means["objective/kl"])',
+        COEFFICIENTS("ppo"),
+    ),
+    schedule(
+        "a KL coefficient that reacts to groups",
+        "modules/grpo.py",
+        "rows = self.all_sum(torch.tensor(len(rollout), device",
+        "rows = self.all_sum(torch.tensor(len(rollout) // self.groups.size, device",
+        COEFFICIENTS("grpo"),
+    ),
+    schedule(
+        "a KL coefficient that reacts to the KL a token",
+        "modules/grpo.py",
+        'self.kl.update(float(means["objective/kl"])',
+        'self.kl.update(float(means["objective/kl"]) / rollout.response_mask.shape[1]',
+        COEFFICIENTS("grpo"),
+    ),
+]
 
 validation = of_pattern("validation must not touch training")
-VALIDATION: list[Bug] = []
+VALIDATION: list[Bug] = [
+    validation(
+        "a validation without a fork of the random numbers",
+        ONLINE,
+        'torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else [])',
+        "torch.random.fork_rng(enabled=False)",
+        NO_TRACE("ppo"),
+    ),
+    validation(
+        "samples without a fork of the random numbers",
+        "modules/showing.py",
+        'torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])',
+        "torch.random.fork_rng(enabled=False)",
+        NO_TRACE("sft"),
+    ),
+    validation(
+        "a validation that sets the order of the minibatches",
+        ONLINE,
+        "        for mode, sampling in modes.items():\n",
+        "        module.order.manual_seed(number)\n        for mode, sampling in modes.items():\n",
+        NO_TRACE("online_dpo"),
+    ),
+    validation(
+        "validated rows in the means of DPO's training",
+        "modules/dpo.py",
+        "        self.eval_means.update(self._loss(batch)[1])",
+        "        counted = self._loss(batch)[1]\n"
+        "        self.eval_means.update(counted)\n"
+        "        self.train_means.update(counted)",
+        NO_TRACE("dpo"),
+    ),
+    validation(
+        "validated rows in the running mean of BCO",
+        "modules/kto.py",
+        "        self.eval_means.update(self._loss(batch)[2])",
+        "        _, logratio, counted = self._loss(batch)\n"
+        "        self.eval_means.update(counted)\n"
+        "        self.seen.saw(logratio)",
+        NO_TRACE("kto"),
+    ),
+    validation(
+        "means that go on from one validation to the next",
+        "modules/metrics.py",
+        "    means.reset()\n    fitting",
+        "    fitting",
+        NO_TRACE("process"),
+    ),
+    validation(
+        "leads that go on from one validation to the next",
+        "modules/reward_model.py",
+        "        self._eval_differences.clear()\n",
+        "",
+        NO_TRACE("reward"),
+    ),
+    validation(
+        "a policy that samples leave in eval mode",
+        "modules/showing.py",
+        "        with gathered(policy):\n            engine",
+        "        with gathered(policy.eval()):\n            engine",
+        NO_TRACE("sft"),
+    ),
+    validation(
+        "a validation counts as an iteration's KL control",
+        ONLINE,
+        "    log_evaluation(module, module.eval_means, **logged_means(module, logged))",
+        "    log_evaluation(module, module.eval_means, **logged_means(module, logged))\n"
+        "    if hasattr(module, 'kl'):\n"
+        "        module.kl.update(0.0, 1)",
+        NO_TRACE("grpo"),
+    ),
+    validation(
+        "what a reward logged in an earlier validation",
+        ONLINE,
+        "logged, module.scorer.validated = module.scorer.validated, {}",
+        "logged = module.scorer.validated",
+        "integration/test_logged_by_rewards.py::test_each_call_is_logged_where_it_was_made[ppo]",
+    ),
+]
 
 key = of_pattern("cache keys and fingerprints")
-KEYS: list[Bug] = []
+KEYS: list[Bug] = [
+    key(
+        "steps cut at another separator",
+        "data/steps.py",
+        '{"separator": separator, "last_step_only": last_step_only}',
+        '{"last_step_only": last_step_only}',
+        "unit/data/test_cache_keys.py::test_a_changed_setting_gives_the_rows_of_an_empty_cache[solutions-separator-<user>]",
+    ),
+    key(
+        "labels of the last step alone",
+        "data/steps.py",
+        '{"separator": separator, "last_step_only": last_step_only}',
+        '{"separator": separator}',
+        "unit/data/test_cache_keys.py::test_a_changed_setting_gives_the_rows_of_an_empty_cache[solutions-last_step_only-True]",
+    ),
+    key(
+        "rankings of another length",
+        "data/rankings.py",
+        'settings = {"max_length": max_length, "differing',
+        'settings = {"differing',
+        "unit/data/test_cache_keys.py::test_a_changed_setting_gives_the_rows_of_an_empty_cache[rankings-max_length-13]",
+    ),
+    key(
+        "answers to prompts that differ",
+        "data/tokenization.py",
+        'features, settings = Features({**ids, **numbers, **counts}), {"differing_prompts": differing_prompts}',
+        "features, settings = Features({**ids, **numbers, **counts}), {}",
+        "unit/data/test_cache_keys.py::test_a_changed_setting_gives_the_rows_of_an_empty_cache[preferences-differing_prompts-drop]",
+    ),
+    key(
+        "what is learnt of a demonstration",
+        "data/tokenization.py",
+        '{"mask": mask, "stop": stop}',
+        '{"stop": stop}',
+        "unit/data/test_cache_keys.py::test_a_changed_setting_gives_the_rows_of_an_empty_cache[demonstrations-mask-all]",
+    ),
+    key(
+        "variables of the chat template",
+        "data/tokenization.py",
+        "        settings[KWARGS] = default_variables(tokenizer)\n",
+        "",
+        "unit/data/test_cache_keys.py::test_another_tokenizer_gives_the_rows_of_an_empty_cache[other_variables]",
+    ),
+    key(
+        "the first block of rows alone",
+        "data/cache.py",
+        "        digest.update(sink.getvalue())\n    return",
+        "        digest.update(sink.getvalue())\n        break\n    return",
+        "unit/data/test_cache_keys.py::test_a_hash_of_rows_sees_each_of_them_and_their_types",
+    ),
+    key(
+        "the types of the new columns",
+        "data/cache.py",
+        ', "features": repr(features)}, cache_dir',
+        "}, cache_dir",
+        "unit/data/test_cache_keys.py::test_rows_are_not_taken_for_those_of_another_type",
+    ),
+    key(
+        "the code of the data package",
+        "data/cache.py",
+        '{**key, "code": code_hash()}',
+        "key",
+        "unit/data/test_cache_keys.py::test_each_source_file_of_the_data_package_is_in_the_key",
+    ),
+    key(
+        "how a file is read",
+        "data/files.py",
+        ", **asdict(options)}",
+        "}",
+        "unit/data/test_cache_keys.py::test_every_option_of_reading_and_every_byte_of_a_file_is_in_its_key",
+    ),
+    key(
+        "which format rows were read in",
+        "data/formats.py",
+        '{"format": converter.format.name, "kind": kind,',
+        '{"kind": kind,',
+        "unit/data/test_cache_keys.py::test_format_kind_columns_and_rows_are_in_the_key_of_converted_rows",
+    ),
+    key(
+        "the text of a stage's config",
+        "commands/pipeline.py",
+        "[arguments, texts, upstream]",
+        "[arguments, upstream]",
+        "unit/test_stage_fingerprints.py::test_a_changed_stage_is_made_anew_with_all_that_build_on_it[text]",
+    ),
+    key(
+        "the options of a stage",
+        "commands/pipeline.py",
+        "[arguments, texts, upstream]",
+        "[texts, upstream]",
+        "unit/test_stage_fingerprints.py::test_a_changed_stage_is_made_anew_with_all_that_build_on_it[options]",
+    ),
+    key(
+        "the stages before a stage",
+        "commands/pipeline.py",
+        "[arguments, texts, upstream]",
+        "[arguments, texts]",
+        "unit/test_stage_fingerprints.py::test_a_changed_stage_is_made_anew_with_all_that_build_on_it[text]",
+    ),
+    key(
+        "a stage that was finished with other settings",
+        "commands/pipeline.py",
+        'same = known.get("fingerprint") == fingerprint',
+        "same = bool(known)",
+        "unit/test_stage_fingerprints.py::test_a_changed_stage_is_made_anew_with_all_that_build_on_it[options]",
+    ),
+    key(
+        "the rows of reference log-probabilities",
+        "modules/reference_logps.py",
+        "[of_network, dataset_hash(split), str",
+        "[of_network, len(split), str",
+        "unit/test_reference_keys.py::test_each_part_of_the_key",
+    ),
+    key(
+        "the precision of reference log-probabilities",
+        "modules/reference_logps.py",
+        "dataset_hash(split), str(trainer.precision)]",
+        "dataset_hash(split)]",
+        "unit/test_reference_keys.py::test_each_part_of_the_key",
+    ),
+    key(
+        "the config of the reference",
+        "modules/reference_logps.py",
+        "    digest.update(network.network.config.to_json_string().encode())\n",
+        "",
+        "unit/test_reference_keys.py::test_each_part_of_the_key",
+    ),
+]
 
 symmetry = of_pattern("toy data too symmetric to tell")
-SYMMETRY: list[Bug] = []
+SYMMETRY: list[Bug] = [
+    symmetry(
+        "a conversation held out by its answer",
+        "data/prompt_split.py",
+        'row["messages"][:-1] if',
+        'row["messages"] if',
+        "unit/data/test_hold_out.py::test_no_prompt_is_on_both_sides[messages]",
+    ),
+    symmetry(
+        "a prompt held out by the name of its column too",
+        "data/prompt_split.py",
+        '        return prompt_key(row["prompt"])\n',
+        "        return prompt_key({name: row[name] for name in row})\n",
+        "unit/data/test_hold_out.py::test_a_prompt_is_on_the_same_side_in_every_kind_of_rows",
+    ),
+    symmetry(
+        "the same prompts held out with every seed",
+        "data/prompt_split.py",
+        'f"{seed}:{key}"',
+        'f"{key}"',
+        "unit/data/test_hold_out.py::test_seed_and_level_choose_others_and_the_share_only_more",
+    ),
+    symmetry(
+        "the same prompts held out at every level",
+        "data/prompt_split.py",
+        "salt + row_key(row)",
+        "row_key(row)",
+        "unit/data/test_hold_out.py::test_seed_and_level_choose_others_and_the_share_only_more",
+    ),
+    symmetry(
+        "scores put back by the order itself",
+        "rewards/reward_model.py",
+        "[torch.tensor(order).argsort()]",
+        "[torch.tensor(order)]",
+        "unit/rewards/test_reward_model_reward.py::test_scores_are_those_of_each_text_alone_with_eos_only_where_it_ended[64]",
+    ),
+    symmetry(
+        "greedy baselines dealt out in turns",
+        "modules/grpo.py",
+        "scores.repeat_interleave(self.groups.size)",
+        "scores.repeat(self.groups.size)",
+        "integration/test_prompt_rewards.py::test_a_group_method_learns_nothing[greedy]",
+    ),
+    symmetry(
+        "groups dealt out in turns",
+        "rollouts/collect.py",
+        "device=mask.device) // group_size",
+        "device=mask.device) % (len(mask) // group_size)",
+        "integration/test_prompt_rewards.py::test_a_group_method_learns_nothing[leave one out]",
+    ),
+    symmetry(
+        "members of a group far from each other",
+        "rollouts/buffer.py",
+        "firsts[:, None] + torch.arange(together)).flatten()",
+        "firsts + torch.arange(together)[:, None]).flatten()",
+        "unit/rollouts/test_groups_stay_whole.py::test_minibatches_hold_groups_in_one_piece_and_in_their_order[2]",
+    ),
+    symmetry(
+        "chosen and rejected of three pairs mixed up",
+        "modules/online_dpo.py",
+        "view(-1, 2).T.flatten()",
+        "view(2, -1).T.flatten()",
+        "unit/rollouts/test_groups_stay_whole.py::test_the_loss_is_of_each_pair_and_leaves_ties_out",
+    ),
+    symmetry(
+        "the best and the worst of another group",
+        "modules/online_dpo.py",
+        "torch.arange(len(ranks), device=ranks.device) * self.groups.size",
+        "torch.arange(len(ranks), device=ranks.device) * 2",
+        "unit/rollouts/test_groups_stay_whole.py::test_a_pair_is_the_best_and_the_worst_of_its_own_group",
+    ),
+    symmetry(
+        "truncation of another call",
+        "rollouts/groups.py",
+        'truncated=together("truncated"),',
+        "truncated=torch.cat([part.truncated for part in wide[::-1]]),",
+        "unit/rollouts/test_groups_stay_whole.py::test_calls_of_other_widths_are_joined_column_by_column",
+    ),
+    symmetry(
+        "logged columns of another call",
+        "rollouts/groups.py",
+        "for part in samples for x in column_of(part, name)]",
+        "for part in samples[::-1] for x in column_of(part, name)]",
+        "unit/rollouts/test_groups_stay_whole.py::test_calls_of_other_widths_are_joined_column_by_column",
+    ),
+    symmetry(
+        "answers handed to prompts in turns",
+        "evaluation/candidates.py",
+        '"samples": answers[i * n : (i + 1) * n]',
+        '"samples": answers[i :: len(rows["prompt"])]',
+        "unit/test_answers_of_prompts.py::test_candidates_are_scored_with_the_columns_of_their_prompt",
+    ),
+    symmetry(
+        "prompts repeated in turns",
+        "evaluation/candidates.py",
+        "[value for value in values for _ in range(n)]",
+        "values * n",
+        "unit/test_answers_of_prompts.py::test_candidates_are_scored_with_the_columns_of_their_prompt",
+    ),
+    symmetry(
+        "evaluated columns repeated in turns",
+        "evaluation/answers.py",
+        "columns={name: repeated(values, width) for",
+        "columns={name: values * width for",
+        "unit/test_answers_of_prompts.py::test_answers_are_in_the_rows_of_their_prompts",
+    ),
+    symmetry(
+        "a kept sample numbered among those that say something",
+        "commands/sample.py",
+        '"sample": answer["sample"],',
+        '"sample": number,',
+        "unit/test_answers_of_prompts.py::test_what_is_kept_says_which_prompt_and_sample_it_was",
+    ),
+]
 
 numerics = of_pattern("numerics at the boundary")
 BOUNDARY = "precision/test_boundaries.py::test_"
@@ -285,6 +714,28 @@ interval = of_pattern("intervals over prompts that come more than once")
 INTERVALS: list[Bug] = []
 
 itself = of_pattern("tests that compare the code with itself")
-ITSELF: list[Bug] = []
+ITSELF: list[Bug] = [
+    itself(
+        "behaviour and gold of the other kinds",
+        "evaluation/world.py",
+        "estimate(gold[rows], clusters[rows].tolist())",
+        "estimate(gold[~rows], clusters[~rows].tolist())",
+        "unit/test_answers_of_prompts.py::test_a_summary_by_kind_takes_the_rows_of_each_kind",
+    ),
+    itself(
+        "the KL of answers from another row",
+        "evaluation/answers.py",
+        "            log_ratio.sum(1).cpu().numpy(),\n",
+        "            log_ratio.sum(1).flip(0).cpu().numpy(),\n",
+        "unit/test_answers_of_prompts.py::test_answers_are_in_the_rows_of_their_prompts",
+    ),
+    itself(
+        "the first token of an answer without its KL",
+        "evaluation/answers.py",
+        "            log_ratio.sum(1).cpu().numpy(),\n",
+        "            log_ratio[:, -responses.response_mask.shape[1] + 1 :].sum(1).cpu().numpy(),\n",
+        "unit/test_answers_of_prompts.py::test_answers_are_in_the_rows_of_their_prompts",
+    ),
+]
 
 WIRING: list[Bug] = [*SCHEDULES, *VALIDATION, *KEYS, *SYMMETRY, *NUMERICS, *METHODS, *INTERVALS, *ITSELF]

@@ -42,7 +42,8 @@ def test_scores_are_those_of_each_text_alone_with_eos_only_where_it_ended(tokeni
     path = str(export_folder(network, tokenizer, tmp_path / "reward"))
     reward = RewardModelReward(path, batch_size=batch_size)
     reward.prepare("cpu")
-    texts = [("a b c", " d", False), ("a", " b c d e f", True), ("h g", " f e", False), ("a", " b c d e f", False)]
+    # Sorted by length they are in the order 1, 3, 2, 0, which is not its own inverse.
+    texts = [("a", " b c d e f", False), ("a b c", " d", False), ("a", " b c d e f", True), ("h g", " f e", False)]
     expected = []
     for prompt, completion, truncated in texts:
         ids = tokenizer(prompt + completion).input_ids + ([] if truncated else [tokenizer.eos_token_id])
