@@ -39,7 +39,6 @@ def restored_module(config: Path, checkpoint: dict[str, Any]) -> Any:
         ensure_chat_template(module.tokenizer)
     else:
         record_format(module.tokenizer, found, init.data.source)
-    recorded = checkpoint.get(type(init.data).__qualname__, {}).get(KEY)
     set_default_variables(module.tokenizer, init.data.chat_template_kwargs)
     module.configure_model()
     module.load_state_dict(checkpoint["state_dict"])
