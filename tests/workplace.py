@@ -15,9 +15,8 @@ from tests import tiny_qwen3
 from tests.printed import ROOT
 
 COLORS = ("red", "blue", "green", "old", "new", "round", "flat", "tiny")
-THINGS = [
-    f"{color} {thing}" for color in COLORS for thing in ("kite", "ball", "egg", "box", "hat", "cup", "dog", "car")
-]
+NOUNS = ("kite", "ball", "egg", "box", "hat", "cup", "dog", "car", "pen", "map", "bed", "jar", "key", "bag", "toy")
+THINGS = [f"{color} {noun}" for color in COLORS for noun in NOUNS]
 DEMONSTRATIONS = [{"prompt": f"Who owns the {thing}?", "completion": f" Anna owns the {thing}."} for thing in THINGS]
 PAIRS = [
     {"prompt": f"Who owns the {thing}?", "chosen": f" Anna owns the {thing}.", "rejected": " No."} for thing in THINGS
@@ -43,7 +42,7 @@ HH = [
 ]
 GSM8K = [
     {"question": f"{n} and {n}?", "answer": f"The sum is {n} + {n}.\nIt is {2 * n}.\n#### {2 * n}"}
-    for n in range(2, 66)
+    for n in range(2, 102)
 ]
 
 
@@ -107,7 +106,8 @@ class Workplace:
             self.write(name, rows)
         self.makers = {}
         for command in printed:
-            self.makers |= dict.fromkeys(self.outputs(command.arguments), command)
+            for folder in self.outputs(command.arguments):
+                self.makers.setdefault(folder, (command, ()))
 
     def write(self, name, rows):
         text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
