@@ -21,7 +21,7 @@ DEMONSTRATIONS = [{"prompt": f"Who owns the {thing}?", "completion": f" Anna own
 PAIRS = [
     {"prompt": f"Who owns the {thing}?", "chosen": f" Anna owns the {thing}.", "rejected": " No."} for thing in THINGS
 ]
-PROMPTS = [{"prompt": f"Who owns the {thing}?", "solution": "4"} for thing in THINGS]
+PROMPTS = [{"prompt": f"Who owns the {thing}?", "solution": "4", "test_list": ["assert True"]} for thing in THINGS]
 LABELS = [{"prompt": row["prompt"], "completion": row["chosen"], "label": n % 2 == 0} for n, row in enumerate(PAIRS)]
 ALPACA = [
     {
@@ -69,9 +69,11 @@ FILES = {
 RECIPE_FILES = {
     "kto_demo": ("FILE.json", LABELS),
     "polite": ("FILE.json", ALPACA),
-    "gsm8k": ("FILE", GSM8K),
-    "oasst": ("FILE", TREES),
-    "tinystories": ("FILE.txt", "One day Anna saw a kite.\n\n" * 30),
+    "gsm8k": ("FILE.jsonl", GSM8K),
+    "oasst": ("FILE.jsonl", TREES),
+    "tinystories": ("FILE.txt", "\n\n".join(f"One day Anna saw a {thing}." for thing in THINGS)),
+    "sentiment": ("FILE.jsonl", PROMPTS),
+    "stories": ("FILE.jsonl", PROMPTS),
 }
 QUICK = {
     "fit": "--trainer.max_steps 1 --trainer.limit_val_batches 1 --data.split.limit 48 --wandb disabled --overwrite true "
@@ -105,9 +107,12 @@ class Workplace:
         for name, rows in FILES.items():
             self.write(name, rows)
         self.makers = {}
-        for command in printed:
+        # A command that a file prints for itself comes before one that stacks another file on top of it.
+        for command in sorted(printed, key=lambda one: one.file not in ("README.md", *self.configs(one.arguments)[:1])):
             for folder in self.outputs(command.arguments):
                 self.makers.setdefault(folder, (command, ()))
+        again = ("--seed_everything", "1", "--trainer.default_root_dir", "runs/polite/reward_1")
+        self.makers["runs/polite/reward_1"] = (self.makers["runs/polite/reward"][0], again)  # as polite_best_of_16 says
 
     def write(self, name, rows):
         text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
@@ -176,6 +181,8 @@ class Workplace:
             return flags
         if any("recipes/" in file for file in files):
             flags += ["--data.batch_size", "8"]
+        if any("recipes/rules" in file for file in files):
+            flags += ["--model.sampling.max_new_tokens", "8"]
         if any("strategy/" in file for file in files):
             flags += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
         trained = "network" if any("    network:" in text or "{network:" in text for text in texts) else "policy"
