@@ -21,7 +21,10 @@ DEMONSTRATIONS = [{"prompt": f"Who owns the {thing}?", "completion": f" Anna own
 PAIRS = [
     {"prompt": f"Who owns the {thing}?", "chosen": f" Anna owns the {thing}.", "rejected": " No."} for thing in THINGS
 ]
-PROMPTS = [{"prompt": f"Who owns the {thing}?", "solution": "4", "test_list": ["assert True"]} for thing in THINGS]
+PROMPTS = [
+    {"prompt": f"Who owns the {thing}?", "solution": "4", "answer": "4", "test_list": ["assert True"]}
+    for thing in THINGS
+]
 LABELS = [{"prompt": row["prompt"], "completion": row["chosen"], "label": n % 2 == 0} for n, row in enumerate(PAIRS)]
 ALPACA = [
     {
