@@ -84,7 +84,7 @@ QUICK = {
     "sample": "--prompts.limit 4 --n 2 --overwrite true",
     "ground-truth": "--problems 0 --trainer.max_steps 2 --overwrite true",
     "fixed-points": "",
-    "pipeline": "--options '{trainer.max_steps: 1, trainer.limit_val_batches: 1, data.split.limit: 48}' "
+    "pipeline": "--output runs/pipeline --options '{trainer.max_steps: 1, trainer.limit_val_batches: 1, data.split.limit: 48}' "
     "--evaluation.init_args.prompts 4 --evaluation.init_args.best_of_prompts 4 --evaluation.init_args.best_of_samples 2",
     "export": "",
 }
