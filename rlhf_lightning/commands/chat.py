@@ -1,9 +1,8 @@
 """Talk to exported models in the terminal."""
 
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
-from threading import Thread
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,21 +10,14 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
-from transformers import PreTrainedModel, TextIteratorStreamer
 
 from rlhf_lightning.callbacks.samples import plain
-from rlhf_lightning.data.encoding import encode_prompt
-from rlhf_lightning.data.template_inputs import set_default_variables
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.commands.speaker import Speaker
+from rlhf_lightning.errors import UserError, harmless
 from rlhf_lightning.generation.engine import SamplingParameters
-from rlhf_lightning.generation.transformers_engine import generation_rules, generation_settings, suppress_missing
-from rlhf_lightning.models.export import eos_ids, recommendations
-from rlhf_lightning.models.loading import load_causal_lm
-from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.modules.handoff import ready_tokenizer
 
-Messages = list[dict[str, str]]
-HELP = "an empty line or ctrl-d ends, /new forgets what was said"
+HELP = "/new forgets what was said; ctrl-c stops an answer; /exit or ctrl-d ends"
+COMMANDS = ("/new", "/exit")
 
 
 def chat(
@@ -46,14 +38,15 @@ def chat(
     """Talk to an exported model in the terminal, or to two of them side by side.
 
     The settings of sampling are those of ``SamplingParameters``. Recommendations in the model's ``generation_config.json``
-    are printed and not applied: what is not set here is off.
+    are printed and not applied: what is not set here is off. A model that was trained on conversations gets messages through
+    its chat template; one that was trained on plain text continues what is typed.
 
     Args:
         model: Folder in Hugging Face format, or hub id.
         against: A second one, which gets the same words.
         temperature: Of the sampling; 0 for the most likely answer.
-        max_new_tokens: Longest answer; less where the conversation leaves less of the model's context.
-        system: What is said before the conversation begins.
+        max_new_tokens: Longest answer in tokens; less where the conversation leaves less of the model's context.
+        system: The system message; of a model that was trained on plain text, how the text begins.
         seed: For the same answers again; None draws anew.
         chat_template_kwargs: Variables of the chat template, such as ``{enable_thinking: false}``; None for those that the
             model was trained with, which its tokenizer remembers.
@@ -78,115 +71,106 @@ def chat(
         stop_strings=stop_strings,
     )
     speakers = [Speaker(path, sampling, system, chat_template_kwargs) for path in (model, against) if path is not None]
-    for speaker in speakers:
-        if speaker.not_applied:
-            said = f"{speaker.path} recommends {speaker.not_applied}; not applied unless set here"
-            console.print(plain(said), style="dim")
+    for note in dict.fromkeys(note for speaker in speakers for note in speaker.notes):
+        console.print(plain(note), style="dim")
     console.print(HELP, style="dim")
-    for said in user_lines(console):
-        if said == "/new":
-            for speaker in speakers:
-                speaker.forget()
-            continue
+    converse(console, speakers)
+
+
+def converse(console: Console, speakers: list[Speaker]) -> None:
+    """Answer what the user types until ``/exit`` or the end of the input, whatever goes wrong in between."""
+    read = line_reader(console)
+    while True:
+        try:
+            said = read()
+            if said is None or said.strip() == "/exit":
+                return
+            respond(console, speakers, said)
+        except KeyboardInterrupt:
+            console.print("\n" + HELP, style="dim")
+        except UnicodeError:
+            complain(console, "the line is not text in UTF-8, and was not sent")
+
+
+def line_reader(console: Console) -> Callable[[], str | None]:
+    """Return a function that reads one line; it returns None at the end of the input.
+
+    The line ends without its line break. UnicodeError is raised for one that is not UTF-8, and the next one can be read.
+    """
+    with suppress(AttributeError):  # a stream that is not a file's
+        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+
+    def read() -> str | None:
+        if sys.stdin.isatty():
+            try:
+                line = console.input("[bold]you[/] ")
+            except EOFError:
+                return None
+        elif not (line := sys.stdin.readline()):
+            return None
+        line.encode()  # fails where a byte was no UTF-8
+        return line.rstrip("\r\n")
+
+    return read
+
+
+def respond(console: Console, speakers: list[Speaker], said: str) -> None:
+    """Obey a command, or answer; an error is shown, and the conversation is what it was before."""
+    word = said.strip()
+    if not word:
+        return
+    if word == "/new":
+        for speaker in speakers:
+            speaker.forget()
+        console.print("a new conversation", style="dim")
+    elif word[0] == "/" and word[1:].isalpha():
+        complain(console, f"unknown command {word}; there are {', '.join(COMMANDS)}")
+    else:
         show_answers(console, speakers, said)
 
 
-def user_lines(console: Console) -> Iterator[str]:
-    """What the user types, until an empty line or the end of the input."""
-    while True:
-        try:
-            said = console.input("[bold]you[/] ") if sys.stdin.isatty() else sys.stdin.readline().strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if not said.strip():
-            return
-        yield said.strip()
+def complain(console: Console, text: str) -> None:
+    """Show an error; the loop continues."""
+    console.print(plain(harmless(text)), style="red")
 
 
-def show_answers(console: Console, speakers: list["Speaker"], said: str) -> None:
-    """Stream the answers of all speakers into panels side by side."""
-    texts = ["" for _ in speakers]
-    streams = [speaker.answer(said) for speaker in speakers]
+def show_answers(console: Console, speakers: list[Speaker], said: str) -> None:
+    """Stream the answers of all speakers into panels side by side; of one that fails, show why."""
+    texts, errors = ["" for _ in speakers], {}
+    streams: dict[int, Iterator[str]] = {}
+
+    def failed(index: int, error: Exception) -> None:
+        streams.pop(index, None)
+        name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        errors[index] = name + next(iter(str(error).splitlines()), "")
+
     with Live(console=console, refresh_per_second=12) as live:
-        open_streams = dict(enumerate(streams))
-        while open_streams:
-            for i in list(open_streams):
-                piece = next(open_streams[i], None)
-                if piece is None:
-                    del open_streams[i]
-                else:
-                    texts[i] += piece
-            panels = [
-                Panel(plain(text), title=plain(s.path), title_align="left")
-                for s, text in zip(speakers, texts, strict=True)
-            ]
-            live.update(Columns(panels, expand=True, equal=True) if len(panels) > 1 else panels[0])
+        try:
+            for index, speaker in enumerate(speakers):
+                try:
+                    streams[index] = speaker.answer(said)
+                except Exception as error:  # noqa: BLE001  (whatever a model or template raises, the loop continues)
+                    failed(index, error)
+            while streams:
+                for index in list(streams):
+                    try:
+                        texts[index] += next(streams[index])
+                    except StopIteration:
+                        del streams[index]
+                    except Exception as error:  # noqa: BLE001
+                        failed(index, error)
+                live.update(panels(speakers, texts))
+        finally:  # ctrl-c
+            for stream in streams.values():
+                stream.close()  # type: ignore[attr-defined]
+    for index, text in errors.items():
+        complain(console, text if text.startswith(speakers[index].path) else f"{speakers[index].path}: {text}")
 
 
-class Speaker:
-    """One model and its side of the conversation."""
-
-    def __init__(
-        self, path: str, sampling: SamplingParameters, system: str | None, variables: dict[str, Any] | None = None
-    ) -> None:
-        self.path, self.sampling, self.system = path, sampling, system
-        self.tokenizer = ready_tokenizer(path)
-        set_default_variables(self.tokenizer, variables)
-        self.network: PreTrainedModel = load_causal_lm(ModelSpec(path=path), self.tokenizer).eval()
-        self.ends = eos_ids(self.network, self.tokenizer)
-        self.not_applied = recommendations(self.network)
-        self.forget()
-
-    def forget(self) -> None:
-        """Begin a new conversation."""
-        self.messages: Messages = [{"role": "system", "content": self.system}] if self.system else []
-
-    def answer(self, said: str) -> Iterator[str]:
-        """The answer, piece by piece as it is generated; remembered when it is complete.
-
-        Raises:
-            UserError: If the conversation has become longer than the model can read.
-        """
-        self.messages.append({"role": "user", "content": said})
-        ids = torch.tensor([encode_prompt(self.tokenizer, self.messages)])
-        sampling = self._within_context(ids.shape[1])
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        config = generation_settings(sampling, eos_ids=self.ends, pad_id=int(self.tokenizer.pad_token_id))
-        suppress_missing(config, self.network)
-        mask = torch.ones_like(ids)
-        settings = {
-            "inputs": ids,
-            "attention_mask": mask,
-            "generation_config": config,
-            "streamer": streamer,
-            **generation_rules(sampling, mask, self.tokenizer),
-        }
-        # generate() fills the unset fields of what it is given from the network's own config.
-        self.network.generation_config = config
-        generate: Any = self.network.generate
-        thread = Thread(target=generate, kwargs=settings, daemon=True)
-        thread.start()
-        return self._pieces(streamer, thread)
-
-    def _within_context(self, prompt_length: int) -> SamplingParameters:
-        """The sampling, with at most as many new tokens as the model can still read.
-
-        Raises:
-            UserError: If none are left.
-        """
-        limit = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
-        left = self.sampling.max_new_tokens if limit is None else limit - prompt_length
-        if left < 1:
-            raise UserError(
-                f"{self.path} reads {limit} tokens, the conversation has {prompt_length}; begin a new one with /new"
-            )
-        most = min(left, self.sampling.max_new_tokens)
-        return replace(self.sampling, max_new_tokens=most, min_new_tokens=min(most, self.sampling.min_new_tokens))
-
-    def _pieces(self, streamer: TextIteratorStreamer, thread: Thread) -> Iterator[str]:
-        text = ""
-        for piece in streamer:
-            text += piece
-            yield piece
-        thread.join()
-        self.messages.append({"role": "assistant", "content": text.strip()})
+def panels(speakers: list[Speaker], texts: list[str]) -> Panel | Columns:
+    """The answers so far, side by side."""
+    made = [
+        Panel(plain(text), title=plain(speaker.path), title_align="left")
+        for speaker, text in zip(speakers, texts, strict=True)
+    ]
+    return Columns(made, expand=True, equal=True) if len(made) > 1 else made[0]

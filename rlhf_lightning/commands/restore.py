@@ -8,6 +8,8 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from rlhf_lightning.commands.imports import check_imports
+from rlhf_lightning.data.chat import ensure_chat_template
+from rlhf_lightning.data.prompt_format import KEY, record_format
 from rlhf_lightning.data.splits import find_tokenizer
 from rlhf_lightning.data.template_inputs import set_default_variables
 
@@ -31,6 +33,12 @@ def restored_module(config: Path, checkpoint: dict[str, Any]) -> Any:
     init = parser.instantiate_classes(parsed)
     module: Any = init.model
     module.tokenizer = find_tokenizer(init.data.tokenizer_path or module.model_path, init.data.source, None)
+    # Runs of earlier versions do not record the format: they gave every export a chat template.
+    found = checkpoint.get(type(init.data).__qualname__, {}).get(KEY)
+    if found is None:
+        ensure_chat_template(module.tokenizer)
+    else:
+        record_format(module.tokenizer, found, init.data.source)
     set_default_variables(module.tokenizer, init.data.chat_template_kwargs)
     module.configure_model()
     module.load_state_dict(checkpoint["state_dict"])

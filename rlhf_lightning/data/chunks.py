@@ -15,6 +15,7 @@ from rlhf_lightning.data.bad_rows import BadRows, Places, Policy
 from rlhf_lightning.data.columns import AS_THEY_ARE, ColumnMap
 from rlhf_lightning.data.format_table import BESIDE, READ, TEMPLATE, detect_format, find_format
 from rlhf_lightning.data.formats import Converter
+from rlhf_lightning.data.prompt_format import PromptFormat
 from rlhf_lightning.data.rows import BAD, ROW_PLACE, BadRowError, Row
 from rlhf_lightning.data.sources import Kind
 from rlhf_lightning.data.streams import stream_rows
@@ -63,6 +64,11 @@ class Reading:
     detected: bool = True
     bad_rows: Policy = "error"
 
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """Format of all rows."""
+        return "messages" if "as messages" in self.shape else "text"
+
     def converter(self) -> Converter:
         """Converts rows that must be like the first."""
         converter = Converter(find_format(self.format), self.kind, "", self.mapping, self.detected)
@@ -94,8 +100,9 @@ def make_reading(
     limit: int | None,
     mapping: ColumnMap = AS_THEY_ARE,
     bad_rows: Policy = "error",
+    announce: bool = True,
 ) -> Reading:
-    """Look at the first rows to learn what all must be like.
+    """Look at the first rows to learn what all must be like; log the format that they are in, unless ``announce`` is false.
 
     Raises:
         UserError: If the first row is in no known format, or no row has anything to learn.
@@ -111,6 +118,8 @@ def make_reading(
             converter, columns = first_converter(row, place, kind, format, mapping), tuple(row)
         try:
             if converter is not None and converter.try_row(row, ROW_PLACE):
+                if announce:
+                    converter.announce(columns)
                 return replace(unlike, format=converter.format.name, shape=converter.shape, columns=columns)
         except BadRowError as error:  # reading lists it among the others
             fault = fault or place_of(place).complete(str(error), place.row)
@@ -139,9 +148,7 @@ def first_converter(row: Row, place: Place, kind: Kind, format: str | None, mapp
         found = find_format(format) if format else detect_format(columns, mapping.respell_row(row), kind, mapping)
     except UserError as error:
         raise UserError(f"{place}: {error.lines[0]}", *error.lines[1:]) from error
-    converter = Converter(found, kind, str(place.file), mapping, format is None)
-    converter.announce(list(row))
-    return converter
+    return Converter(found, kind, str(place.file), mapping, format is None)
 
 
 class Chunk(NamedTuple):

@@ -9,16 +9,17 @@ from typing import Any, ClassVar
 
 import lightning
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data.bad_rows import BadRows, Policy
 from rlhf_lightning.data.cache import dataset_hash
-from rlhf_lightning.data.chunks import make_reading
+from rlhf_lightning.data.chunks import Reading, make_reading
 from rlhf_lightning.data.collector import older_objects_frozen
 from rlhf_lightning.data.columns import Columns, parse_columns
 from rlhf_lightning.data.limits import numbers
 from rlhf_lightning.data.loaders import RowLoader, make_loader, placement, whereabouts
+from rlhf_lightning.data.prompt_format import KEY, PromptFormat, format_of_rows, record_format, trained_format
 from rlhf_lightning.data.rows import INDEX
 from rlhf_lightning.data.sources import Kind, Rows, live_or_named
 from rlhf_lightning.data.splits import Split, find_tokenizer, load_splits
@@ -121,6 +122,7 @@ class RowsDataModule(lightning.LightningDataModule):
         set_default_variables(self.tokenizer, self.chat_template_kwargs)
         bad = BadRows(self.bad_rows)
         splits = load_splits(self.source, self.kind, self.format, self.split, self.columns, bad)
+        record_format(self.tokenizer, self._row_format(splits), self.source)
         tokenization = self.tokenization()()
         self.rows = {
             name: tokenization.tokenize(rows, bad=bad, places=bad.places.get(name, bad.places.get("train")))
@@ -129,6 +131,23 @@ class RowsDataModule(lightning.LightningDataModule):
         bad.settle()
         for name, rows in self.rows.items():
             warn_of_unknown_tokens(rows, self.tokenizer, f"{self.source}, {name}")
+
+    def _row_format(self, splits: DatasetDict) -> PromptFormat:
+        if isinstance(self.source, StreamSource):
+            return self._reading(self.source, announce=False).prompt_format
+        return format_of_rows(splits["train"])
+
+    def _reading(self, source: StreamSource, announce: bool = True) -> Reading:
+        return make_reading(
+            source.files(),
+            self.kind,
+            self.format,
+            self.tokenization(),
+            self.split.limit,
+            parse_columns(self.columns),
+            self.bad_rows,
+            announce,
+        )
 
     def loader(self, name: str, *, shuffle: bool) -> RowLoader:
         """A loader over one split."""
@@ -147,17 +166,8 @@ class RowsDataModule(lightning.LightningDataModule):
 
     def stream(self, source: StreamSource) -> StreamLoader:
         """A loader over training rows that are read while it runs."""
-        files = source.files()
         return StreamLoader(
-            make_reading(
-                files,
-                self.kind,
-                self.format,
-                self.tokenization(),
-                self.split.limit,
-                parse_columns(self.columns),
-                self.bad_rows,
-            ),
+            self._reading(source),
             self.collator(),
             batch_size=self.batch_size,
             seed=self.seed,
@@ -189,10 +199,11 @@ class RowsDataModule(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint remembers of the rows, and where in a stream the run is."""
         trainer: Any = self.trainer
+        known_rows = {**self.fingerprint(), KEY: trained_format(self.tokenizer)}
         if self._stream is None:
-            return self.fingerprint()
+            return known_rows
         known = self._stream.known_at(trainer.current_epoch, trainer.fit_loop.batch_idx + 1)
-        return {**self.fingerprint(), "stream": list(known)}
+        return {**known_rows, "stream": list(known)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Say aloud if a run goes on with other rows than it began with: nothing that it measures is one run's then."""

@@ -9,7 +9,6 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data.bad_rows import BadRows, Policy, places_of
-from rlhf_lightning.data.chat import ensure_chat_template
 from rlhf_lightning.data.columns import Columns, parse_columns
 from rlhf_lightning.data.formats import to_canonical
 from rlhf_lightning.data.prompt_split import key_columns, row_key
@@ -148,7 +147,7 @@ def drawn(rows: Dataset, limit: int, seed: int) -> Dataset:
 def find_tokenizer(path: str | None, source: Rows, trainer: Any) -> PreTrainedTokenizerBase:
     """The tokenizer that was asked for; else that of the model in training; else the source's own.
 
-    Its pad token is repaired where missing or equal to EOS, and it gets a plain chat template where it has none.
+    Its pad token is repaired where missing or equal to EOS.
 
     Raises:
         UserError: If none of the three is there.
@@ -159,5 +158,4 @@ def find_tokenizer(path: str | None, source: Rows, trainer: Any) -> PreTrainedTo
     if tokenizer is None:
         raise UserError("no tokenizer: give data.tokenizer, or a model with a `path`")
     repair_pad_token(tokenizer)
-    ensure_chat_template(tokenizer)
     return tokenizer

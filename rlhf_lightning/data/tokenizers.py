@@ -163,8 +163,13 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
-    """None when both give the same ids; otherwise what differs, in one line."""
+    """None when both give the same ids; otherwise what differs, in one line.
+
+    Where one of the two has no chat template, it contradicts none.
+    """
     left, right = tokenizer_parts(a), tokenizer_parts(b)
+    if not (a.chat_template and b.chat_template):
+        del left["chat template"], right["chat template"]
     if len(left["vocabulary"]) != len(right["vocabulary"]):
         return f"vocabularies have {len(left['vocabulary'])} and {len(right['vocabulary'])} entries"
     for name in ("vocabulary", "special tokens"):

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from rlhf_lightning.evaluation.statistics import estimate, prompt_clusters
+from rlhf_lightning.generation.context import capped
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.native import engine_for
 from rlhf_lightning.models.frozen import Frozen
@@ -121,6 +122,7 @@ class Answerer:
         network: Any = self.policy.network.network
         engine = engine_for(sampling)
         engine.take_weights(network, self.tokenizer, self.version)
+        sampling = capped(sampling, network, batch.input_ids.shape[1], self.tokenizer.name_or_path)
         responses = generate_responses(batch, network, self.tokenizer, engine, sampling)
         inputs = responses.input_ids, responses.attention_mask, responses.sequence_mask
         log_ratio = self.policy(*inputs).logprobs - self.reference(*inputs).logprobs

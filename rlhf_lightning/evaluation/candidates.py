@@ -17,6 +17,7 @@ from rlhf_lightning.data.sources import Source
 from rlhf_lightning.data.splits import Split, drawn, load_part
 from rlhf_lightning.data.template_inputs import TEMPLATE_COLUMNS
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.generation.context import capped
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.native import engine_for
 from rlhf_lightning.models.export import replace_file
@@ -99,10 +100,10 @@ class Scorer:
         repeated = {name: [value for value in values for _ in range(n)] for name, values in rows.items()}
         prompts = repeated.pop("prompt")
         batch = as_prompt_batch(self.tokenizer, prompts, repeated, self.device)
-        self._check_room(batch.input_ids.shape[1])
+        sampling = capped(self.sampling, self.network, batch.input_ids.shape[1], self.tokenizer.name_or_path)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            responses = generate_responses(batch, self.network, self.tokenizer, self.engine, self.sampling)
+            responses = generate_responses(batch, self.network, self.tokenizer, self.engine, sampling)
         samples = responses.samples
         scores = {name: checked_scores(reward, samples).tolist() for name, reward in self.rewards.items()}
         answers = [
@@ -121,14 +122,6 @@ class Scorer:
             }
             for i, prompt in enumerate(rows["prompt"])
         ]
-
-    def _check_room(self, prompt_length: int) -> None:
-        limit = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and prompt_length + self.sampling.max_new_tokens > limit:
-            raise UserError(
-                f"a prompt of {prompt_length} tokens and an answer of {self.sampling.max_new_tokens} are more than the {limit} "
-                "that the policy reads; lower sampling.max_new_tokens, or leave long prompts out"
-            )
 
 
 class CandidateFile:

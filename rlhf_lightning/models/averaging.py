@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf_lightning.data.chat import ensure_chat_template
 from rlhf_lightning.data.tokenizers import load_tokenizer, repair_pad_token, same_tokenizer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.ensemble import member_folders
@@ -39,12 +38,10 @@ def average_reward_models(paths: list[str], output: str) -> Path:
         raise UserError(f"a mean takes at least two reward models, not {', '.join(folders) or 'none'}")
     tokenizer = load_tokenizer(folders[0])
     repair_pad_token(tokenizer)
-    ensure_chat_template(tokenizer)
     total: dict[str, Tensor] = {}
     for folder in folders:
         other = load_tokenizer(folder)
         repair_pad_token(other)
-        ensure_chat_template(other)
         if difference := same_tokenizer(tokenizer, other):
             raise UserError(f"{folder} has another tokenizer than {folders[0]}: {difference}")
         model = ScalarModel(load_scalar_model(ModelSpec(path=folder), tokenizer, members=None))

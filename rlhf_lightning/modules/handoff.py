@@ -10,7 +10,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_lightning.data.chat import ensure_chat_template
 from rlhf_lightning.data.tokenizers import load_tokenizer, repair_pad_token, same_tokenizer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapters import has_adapter
@@ -104,8 +103,7 @@ def sharing_if_asked(module: LightningModule) -> AbstractContextManager[None]:
 
 
 def ready_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """A folder's tokenizer with a usable pad token and a chat template, as every stage uses it."""
+    """Return a folder's tokenizer with a usable pad token, as every stage uses it."""
     tokenizer = load_tokenizer(path)
     repair_pad_token(tokenizer)
-    ensure_chat_template(tokenizer)
     return tokenizer

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import PreferenceBatch, PromptBatch, SequenceBatch, UnpairedBatch
 from rlhf_lightning.data.collate import pad_right
+from rlhf_lightning.generation.context import within_context
 from rlhf_lightning.generation.engine import SamplingParameters
 from rlhf_lightning.generation.native import engine_for
 from rlhf_lightning.models.policy import PolicyNetwork
@@ -56,6 +57,7 @@ def sampled_responses(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         with gathered(policy):
+            sampling = within_context(sampling, policy.network, prompts.input_ids.shape[1])
             engine = engine_for(sampling)
             engine.take_weights(policy.network, tokenizer, next(VERSIONS))  # they change between two calls
             responses = generate_responses(prompts, policy.network, tokenizer, engine, sampling)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.data.chat import ensure_chat_template
 from rlhf_lightning.data.collate import pad_right
 from rlhf_lightning.data.messages import Prompt
+from rlhf_lightning.data.prompt_format import match_format
 from rlhf_lightning.data.steps import EncodedSteps, StepEncoder, split_steps
 from rlhf_lightning.data.template_inputs import TemplateInputs, inputs_of_columns
 from rlhf_lightning.data.tokenizers import load_tokenizer, repair_pad_token
@@ -65,7 +65,6 @@ class ProcessReward(Reward):
         """
         tokenizer = load_tokenizer(self.path)
         repair_pad_token(tokenizer)
-        ensure_chat_template(tokenizer)
         network = load_scalar_model(self.spec, tokenizer)
         separator = getattr(network.config, "step_separator", None)
         if separator is None:
@@ -113,6 +112,7 @@ class ProcessReward(Reward):
         inputs: Sequence[TemplateInputs] | None = None,
     ) -> list[Tensor]:
         """Log-odds that each step is right; ``inputs`` are of each row's chat template. Shape (steps,) each, on the CPU."""
+        match_format(self._ready().encoder.tokenizer, prompts)
         encoded = self._ready().encode(list(prompts), list(solutions), inputs)
         # By length, so that a batch holds little padding.
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))

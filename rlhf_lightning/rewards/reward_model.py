@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_lightning.data.chat import ensure_chat_template
 from rlhf_lightning.data.encoding import encode_pairs
 from rlhf_lightning.data.messages import Prompt
+from rlhf_lightning.data.prompt_format import match_format
 from rlhf_lightning.data.template_inputs import inputs_of_columns
 from rlhf_lightning.data.tokenizers import load_tokenizer, repair_pad_token
 from rlhf_lightning.errors import UserError
@@ -59,7 +59,6 @@ class RewardModelReward(Reward):
             raise UserError(f"{self.path} holds an ensemble of {len(folders)}: score with EnsembleReward")
         self.tokenizer = load_tokenizer(folders[0] if folders else self.path)
         repair_pad_token(self.tokenizer)
-        ensure_chat_template(self.tokenizer)
         trained = load_trained(self.spec, self.tokenizer, self.wanted)
         if any(hasattr(member.network.config, "step_separator") for member in members_of(trained)):
             raise UserError(
@@ -96,6 +95,7 @@ class RewardModelReward(Reward):
             for prompt, text in zip(samples.prompts, samples.completions, strict=True)
         ]
         inputs = inputs_of_columns(samples.columns, len(responses))
+        match_format(self.tokenizer, samples.prompts)
         encoded = encode_pairs(self.tokenizer, samples.prompts, responses, inputs)
         # A response that never ended is shown to the reward model without the end that it lacks.
         return [

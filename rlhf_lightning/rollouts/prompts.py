@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.data.collate import PromptCollator
 from rlhf_lightning.data.encoding import encode_prompts
+from rlhf_lightning.data.prompt_format import match_format
 from rlhf_lightning.data.template_inputs import inputs_of_columns
 
 
@@ -26,6 +27,7 @@ def as_prompt_batch(
         columns: What else is known of them, for rewards; ``tools`` and ``chat_template_kwargs`` go to the chat template.
         device: Where the ids are to be.
     """
+    match_format(tokenizer, prompts)
     ids = encode_prompts(tokenizer, prompts, inputs_of_columns(columns, len(prompts)))
     rows = {"prompt_ids": ids, "prompt": list(prompts)}
     batch = PromptCollator(int(tokenizer.pad_token_id))((rows | columns, 1.0))

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from rlhf_lightning.cli import main, run_command
 from rlhf_lightning.commands import chat
-from rlhf_lightning.commands.chat import Speaker
+from rlhf_lightning.commands.speaker import Speaker
 from rlhf_lightning.data.encoding import encode_prompt
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.answers import Answerer

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from rlhf_lightning.cli import main
-from rlhf_lightning.commands.chat import Speaker
+from rlhf_lightning.commands.speaker import Speaker
 from rlhf_lightning.generation.engine import SamplingParameters
 from tests import tiny_qwen3
 from tests.chat_templates import CONVERSATIONS, TOOL, bot, user
