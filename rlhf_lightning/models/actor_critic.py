@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lightning.models.policy import PolicyNetwork, score_tokens
+from rlhf_lightning.models.precision import at_least_float32
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.shared_critic import SharedCritic
 from rlhf_lightning.models.trunk import States, hidden_states
@@ -81,9 +82,10 @@ class ActorCritic(nn.Module):
             return self.critic(input_ids, attention_mask, pooled=False)
         assert states is not None
         with torch.autocast(states.hidden.device.type, enabled=False):
-            # In float32, whatever the weights are: bfloat16 values of neighbouring tokens tie.
-            head = self.value_head
-            return F.linear(states.hidden.float(), head.weight.float(), head.bias.float()).squeeze(-1)[states.at]
+            # In float32 at least: bfloat16 values of neighbouring tokens tie.
+            head, hidden = self.value_head, at_least_float32(states.hidden)
+            values = F.linear(hidden, at_least_float32(head.weight), at_least_float32(head.bias))
+            return values.squeeze(-1)[states.at]
 
     def parameter_groups(self, critic_lr: float | None) -> list[dict]:
         """Optimizer groups: the policy, and the critic with a learning rate of its own where one is given."""

@@ -9,7 +9,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.masked import last_true
 from rlhf_lightning.models.attention import use_rows
 from rlhf_lightning.models.loading import is_encoder, last_linear, scalar_head
-from rlhf_lightning.models.precision import Float32Buffers
+from rlhf_lightning.models.precision import Float32Buffers, at_least_float32
 from rlhf_lightning.models.trunk import hidden_states
 
 SCALES = {"gain": 1.0, "bias": 0.0, "temperature": 0.0}  # what they are before they are measured
@@ -79,10 +79,10 @@ class ScalarModel(Float32Buffers):
         places = states.at.gather(1, last_true(attention_mask)[:, None]).squeeze(1) if pooled else states.at
         hidden = states.hidden.index_select(0, places) if pooled else states.hidden
         head = scalar_head(self.network)
-        # In float32: bfloat16 scores of similar responses tie.
+        # In float32 at least: bfloat16 scores of similar responses tie.
         with torch.autocast(hidden.device.type, enabled=False):
-            bias = None if head.bias is None else head.bias.float()
-            raw = F.linear(hidden.float(), head.weight.float(), bias)
+            bias = None if head.bias is None else at_least_float32(head.bias)
+            raw = F.linear(at_least_float32(hidden), at_least_float32(head.weight), bias)
         raw = raw.squeeze(-1) if self.members == 1 else raw
         return raw if pooled else raw[places]
 
@@ -97,7 +97,8 @@ class ScalarModel(Float32Buffers):
         raw = self.network(
             input_ids=ids.masked_fill(~mask, self.network.config.pad_token_id), attention_mask=mask.long()
         )
-        return raw.logits.float().squeeze(-1) if self.members == 1 else raw.logits.float()
+        logits = at_least_float32(raw.logits)
+        return logits.squeeze(-1) if self.members == 1 else logits
 
     def normalise(self, mean: Tensor | float, std: Tensor | float) -> None:
         """Give raw scores of this mean and standard deviation mean 0 and 1; training goes on with the raw ones."""

@@ -235,7 +235,7 @@ class Subject:
     collator: Any
     weights: list[float]
     online: bool = False
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float64
     whole_step: bool = False
 
     def takes(self, arrangement: Arrangement) -> bool:
@@ -361,7 +361,6 @@ def build_group(
 PAIRS: dict[str, Any] = {"columns": PREFERENCES, "collator": PreferenceCollator(PAD), "weights": [1] * ROWS}
 RANKED_ROWS: dict[str, Any] = {"columns": RANKINGS, "collator": RankingCollator(PAD)}
 SINGLES: dict[str, Any] = {"columns": UNPAIRED, "collator": UnpairedCollator(PAD, 64), "weights": [1] * ROWS}
-DOUBLE: dict[str, Any] = {"dtype": torch.float64}
 ONLINE: dict[str, Any] = {
     "columns": PROMPT_ROWS,
     "collator": PromptCollator(PAD),
@@ -369,13 +368,12 @@ ONLINE: dict[str, Any] = {
     "online": True,
 }
 SUBJECTS: dict[str, Subject] = {
-    "sft": Subject(build_sft, DEMONSTRATIONS, SequenceCollator(PAD), [len(row) for row in CHOSEN], **DOUBLE),
+    "sft": Subject(build_sft, DEMONSTRATIONS, SequenceCollator(PAD), [len(row) for row in CHOSEN]),
     "sft, weighted": Subject(
         build_sft,
         WEIGHTED,
         SequenceCollator(PAD),
         [w * len(row) for w, row in zip(WEIGHTED["weight"], CHOSEN, strict=True)],
-        **DOUBLE,
     ),
     "process reward": Subject(
         build_process_reward, SOLUTIONS, StepwiseCollator(PAD), [len(row) for row in SOLUTIONS["labels"]]
@@ -385,15 +383,15 @@ SUBJECTS: dict[str, Subject] = {
         build_ranking(BradleyTerryLoss(centering_coef=0.05), ensemble=Ensemble(2, "own")), **(PAIRS | RANKED_ROWS)
     ),
     "plackett-luce": Subject(build_ranking(PlackettLuceLoss()), **(PAIRS | RANKED_ROWS)),
-    "dpo": Subject(build_dpo(DPOLoss(beta=0.3, label_smoothing=0.1), 0.01), **PAIRS, **DOUBLE),
-    "ipo": Subject(build_dpo(IPOLoss(tau=0.5), 1e-4), **PAIRS, **DOUBLE),
+    "dpo": Subject(build_dpo(DPOLoss(beta=0.3, label_smoothing=0.1), 0.01), **PAIRS),
+    "ipo": Subject(build_dpo(IPOLoss(tau=0.5), 1e-4), **PAIRS),
     "every pair loss": Subject(
-        build_dpo(EVERY_PAIR_LOSS, 0.005, moving_reference=MovingReference(every=1)), **PAIRS, **DOUBLE
+        build_dpo(EVERY_PAIR_LOSS, 0.005, moving_reference=MovingReference(every=1)), **PAIRS
     ),
-    "aot": Subject(build_dpo(AOTLoss(beta=0.3), 0.01), **PAIRS, **DOUBLE, whole_step=True),
+    "aot": Subject(build_dpo(AOTLoss(beta=0.3), 0.01), **PAIRS, whole_step=True),
     # KTO's own reference point is of the micro-batch; what holds for it is in integration/test_kto.py.
-    "apo-zero, unpaired": Subject(build_kto(APOZeroUnpairedLoss(0.3, 1.2, 0.8), 0.01), **SINGLES, **DOUBLE),
-    "bco, unpaired": Subject(build_kto(BCOUnpairedLoss(0.3, 1.2, 0.8), 0.01), **SINGLES, **DOUBLE),
+    "apo-zero, unpaired": Subject(build_kto(APOZeroUnpairedLoss(0.3, 1.2, 0.8), 0.01), **SINGLES),
+    "bco, unpaired": Subject(build_kto(BCOUnpairedLoss(0.3, 1.2, 0.8), 0.01), **SINGLES),
     "ppo": Subject(build_ppo(critic=True), **ONLINE),
     "ppo, shared trunk": Subject(build_ppo(critic=False), **ONLINE),
     "grpo": Subject(
