@@ -72,7 +72,8 @@ def expected_calibration_error(
     confidence = torch.sigmoid(difference.abs())
     correct = preference_accuracy(difference, torch.zeros_like(difference))
     index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gap = torch.zeros(bins, dtype=correct.dtype, device=difference.device).index_add_(0, index, correct - confidence)
+    errors = correct - confidence
+    gap = errors.new_zeros(bins).index_add_(0, index, errors)
     counted = torch.cat([gap, gap.new_tensor([difference.numel()])])
     counted = counted if all_sum is None else all_sum(counted)
     return counted[:-1].abs().sum() / counted[-1]

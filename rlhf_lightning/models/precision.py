@@ -9,6 +9,11 @@ from torch import Tensor, nn
 HALF = (torch.bfloat16, torch.float16)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Cast half precision to float32; leave float32 and float64 as they are. Any shape."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Float32Buffers(nn.Module):
     """A module whose float32 buffers, and those of everything in it, stay float32 when its weights are cast to half precision.
 

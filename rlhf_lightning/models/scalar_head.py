@@ -9,25 +9,25 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.masked import last_true
 from rlhf_lightning.models.attention import use_rows
 from rlhf_lightning.models.loading import is_encoder, last_linear, scalar_head
-from rlhf_lightning.models.precision import Float32Buffers
+from rlhf_lightning.models.precision import Float32Buffers, at_least_float32
 from rlhf_lightning.models.trunk import hidden_states
 
 SCALES = {"gain": 1.0, "bias": 0.0, "temperature": 0.0}  # what they are before they are measured
 
 
 def float32_linear(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """A linear layer in float32, whatever autocast and the weights say: bfloat16 scores of similar responses tie.
+    """A linear layer in float32 at least, whatever autocast and the weights say: bfloat16 scores of similar responses tie.
 
     Args:
         head: The layer.
         hidden: Shape (..., in features).
 
     Returns:
-        Shape (..., out features), float32.
+        Shape (..., out features), float32; float64 where the weights are.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        bias = None if head.bias is None else head.bias.float()
-        return F.linear(hidden.float(), head.weight.float(), bias)
+        bias = None if head.bias is None else at_least_float32(head.bias)
+        return F.linear(at_least_float32(hidden), at_least_float32(head.weight), bias)
 
 
 def _in_float32(head: nn.Linear, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
@@ -116,7 +116,8 @@ class ScalarModel(Float32Buffers):
         raw = self.network(
             input_ids=ids.masked_fill(~mask, self.network.config.pad_token_id), attention_mask=mask.long()
         )
-        return raw.logits.float().squeeze(-1) if self.members == 1 else raw.logits.float()
+        logits = at_least_float32(raw.logits)
+        return logits.squeeze(-1) if self.members == 1 else logits
 
     def normalise(self, mean: Tensor | float, std: Tensor | float) -> None:
         """Give raw scores of this mean and standard deviation mean 0 and 1; training goes on with the raw ones."""

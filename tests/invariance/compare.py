@@ -10,7 +10,7 @@ ALMOST_ZERO = (
     1e-6  # float32's rounding of metrics that are differences of numbers near 1, such as the explained variance
 )
 CANCELS = {
-    "train/policy_loss": 3e-5,  # REINFORCE's: advantages of both signs times log-probabilities of 30 nats
+    "train/policy_loss": 3e-5,  # REINFORCE's, averaged in float32: advantages of both signs times 30 nats
     "train/sampling/sampling_logp_difference/max": 1e-5,  # the policy against itself
 }
 

@@ -34,13 +34,10 @@ from rlhf_lightning.models.export import export_folder
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.modules import (
-    DPOModule,
     GRPOModule,
-    KTOModule,
     OnlineDPOModule,
     ProcessRewardModule,
     RewardModelModule,
-    SFTModule,
     strategies,  # noqa: F401  (fsdp2)
 )
 from rlhf_lightning.modules.handoff import shard_if_asked
@@ -211,14 +208,12 @@ class Subject:
     Attributes:
         method: Which one.
         lr: Of plain gradient descent.
-        dtype: Of the weights. In float64 rounding leaves no room to hide; scalar heads are float32 whatever the weights are.
         whole_step: Whether its loss looks at all rows of a step at once, so that it has no micro-batches.
         neighbours: Whether its loss also depends on which row comes before which.
     """
 
     method: Method
     lr: float
-    dtype: torch.dtype = torch.float32
     whole_step: bool = False
     neighbours: bool = False
 
@@ -305,13 +300,11 @@ SHARED_RATES = {RewardModelModule: 0.005, ProcessRewardModule: 0.005, GRPOModule
 
 
 def subject_of(name: str) -> Subject:
-    """The method of that name; a scalar head is float32 whatever the trunk is, and so are rollouts."""
+    """The method of that name."""
     method = METHODS[name]
-    double = method.module in (SFTModule, DPOModule, KTOModule)
     return Subject(
         method,
         LEARNING_RATES.get(name) or SHARED_RATES[method.module],
-        torch.float64 if double else torch.float32,
         whole_step=name == "aot",
         neighbours=name == "kto",
     )
@@ -369,9 +362,9 @@ def configured(subject: Subject, architecture: str, scalar: str, arrangement: Ar
     module: Any = subject.build(ARCHITECTURES[architecture], scalar, arrangement)
     module.tokenizer = tokenizer()
     module.configure_model()
-    widened(module.to(subject.dtype), 11)
+    widened(module.to(torch.float64), 11)
     if getattr(module, "reference", None) is not None:
-        widened(module.reference.network.to(subject.dtype), 12)
+        widened(module.reference.network.to(torch.float64), 12)
     if subject.online:
         rearrange_rollouts(module, arrangement)
     return module

@@ -1,12 +1,12 @@
-"""Neither loss nor gradient nor any logged metric knows how the rows were laid out.
+"""Neither loss nor gradient nor any logged metric depends on the layout of the rows.
 
-Not bit for bit: a matrix product of another shape adds in another order, which moves float32 by about 1e-6.
+Not bit for bit: a matrix product of another shape adds in another order. In float64 that moves a number by about 1e-15 of
+its largest summand, so a bound of 1e-9 holds on any CPU, and no fault of the layout is that small.
 """
 
 from functools import cache
 
 import pytest
-import torch
 
 from tests.invariance.compare import assert_same
 from tests.invariance.rearrangements import PLAIN, REARRANGEMENTS
@@ -63,10 +63,10 @@ def test_the_plain_run_has_something_to_get_wrong(subject, architecture, scalar)
 
 @pytest.mark.parametrize(("subject", "layout"), CASES)
 def test_nothing_depends_on_the_layout(subject, layout, architecture, scalar):
-    rtol = 1e-9 if SUBJECTS[subject].dtype == torch.float64 else 1e-5
-    if SUBJECTS[subject].online and not subject.startswith("ppo"):
-        rtol = 3e-5  # sums over whole responses, with advantages of both signs
-    if not REARRANGEMENTS[layout].packed:
-        rtol = 3e-5  # another attention, which takes its softmax in float32 always
-    got = run(SUBJECTS[subject], architecture, scalar, REARRANGEMENTS[layout])
+    arrangement = REARRANGEMENTS[layout]
+    # transformers computes two things in float32 whatever the weights are: the softmax of eager attention, and Llama's norm.
+    # The norm rounds the gradients of a prompt that is read twice before they are added, those of a shared one after that.
+    shared_otherwise = SUBJECTS[subject].online and architecture == "rotary" and arrangement.micro == 1
+    rtol = 1e-9 if arrangement.packed and not shared_otherwise else 3e-5
+    got = run(SUBJECTS[subject], architecture, scalar, arrangement)
     assert_same(got, plain_run(subject, architecture, scalar), rtol=rtol)
