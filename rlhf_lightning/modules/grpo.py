@@ -118,8 +118,7 @@ class GRPOModule(LightningModule):
         self.guard = StepGuard()
         self.iterations, self.plan = check_iterations(iterations), RunPlan()
         self.rates: list[float] = []  # of the last optimizer step, by parameter group
-        self.engine = engine_for(sampling)
-        self.model_path = self.policy_spec.path
+        self.engine, self.model_path = engine_for(sampling), self.policy_spec.path
         self.policy: PolicyNetwork | None = None
         self.reference: Frozen | None = None
         self.iteration = self.episodes = self.tokens = self.without_signal = 0

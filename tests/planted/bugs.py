@@ -519,8 +519,8 @@ RUNS = [
         "every step counted twice",
         "pytorch-lightning#17958",
         "modules/online.py",
-        "    module.optimizers().step()\n",
-        "    module.optimizers().step()\n    module.optimizers().step()\n",
+        "    optimizer.step()\n",
+        "    optimizer.step()\n    optimizer.step()\n",
         "invariance/test_ppo.py::test_global_step_is_the_number_of_optimizer_steps",
     ),
     bug(

@@ -49,8 +49,8 @@ SCHEDULES: list[Bug] = [
     schedule(
         "a schedule that moves once an epoch",
         OPTIMIZATION,
-        '"interval": "step"',
-        '"interval": "epoch"',
+        'interval = schedule.interval or "step"',
+        'interval = schedule.interval or "epoch"',
         RATES("kto"),
     ),
     schedule(
@@ -61,23 +61,17 @@ SCHEDULES: list[Bug] = [
         RATES("process"),
     ),
     schedule(
-        "PPO's schedule over optimizer steps",
-        "modules/ppo.py",
-        "attach(optimizer, self.plan.iterations)",
-        "attach(optimizer, self.plan.steps)",
+        "a schedule of iterations over optimizer steps",
+        "modules/plan.py",
+        '"iteration": plan.iterations, "step"',
+        '"iteration": plan.steps, "step"',
         RATES("ppo"),
-    ),
-    schedule(
-        "GRPO's schedule over optimizer steps",
-        "modules/grpo.py",
-        "attach(optimizer, self.plan.iterations)",
-        "attach(optimizer, self.plan.steps)",
         RATES("grpo"),
     ),
     schedule(
         "online DPO's schedule stands still",
         "modules/online_dpo.py",
-        "        scheduler.step()\n",
+        '        advance_schedule(self, "iteration")\n',
         "        pass\n",
         RATES("online_dpo"),
     ),
@@ -472,7 +466,7 @@ NUMERICS: list[Bug] = [
     numerics(
         "a scalar head in the dtype of its weights",
         "models/scalar_head.py",
-        "return F.linear(hidden.float(), head.weight.float(), bias)",
+        "return F.linear(at_least_float32(hidden), at_least_float32(head.weight), bias)",
         "return F.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()",
         BOUNDARY + "scores_of_a_reward_model_are_those_of_a_float64_head",
     ),

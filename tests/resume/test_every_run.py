@@ -122,8 +122,7 @@ def test_each_step_has_the_rate_of_the_schedule(method, alone):
     assert [rates[0] / PEAK for rates in alone.rates] == pytest.approx(expected, abs=1e-6)
     if method == "ppo":
         assert [rates[-1] / CRITIC for rates in alone.rates] == pytest.approx(expected, abs=1e-6)
-    name = "train/lr" if method in STEPS else "train/learning_rate"
-    assert [float(row[name]) / PEAK for row in alone.train] == pytest.approx(RATES, abs=1e-6)
+    assert [float(row["train/learning_rate"]) / PEAK for row in alone.train] == pytest.approx(RATES, abs=1e-6)
 
 
 def test_the_kl_coefficient_follows_the_kl_of_each_iteration(method, alone):
