@@ -184,8 +184,8 @@ VALIDATION: list[Bug] = [
     validation(
         "a policy that samples leave in eval mode",
         "modules/showing.py",
-        "        with gathered(policy):\n            engine",
-        "        with gathered(policy.eval()):\n            engine",
+        "        with gathered(policy):\n            sampling",
+        "        with gathered(policy.eval()):\n            sampling",
         NO_TRACE("sft"),
     ),
     validation(
