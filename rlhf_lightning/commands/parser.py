@@ -42,6 +42,22 @@ def paths_of_subclasses(*args: Any, **kwargs: Any) -> list[str]:
 _typehints.get_all_subclass_paths = paths_of_subclasses
 
 
+_value_or_config = _typehints.parse_value_or_config
+
+
+def parsed_unless_text(value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Read a file that is given in place of an object, unless it holds plain text: then its path is the value.
+
+    jsonargparse puts the text in place of the path. A CSV or text file that ``data.source`` names is such a file.
+    """
+    parsed, path = _value_or_config(value, *args, **kwargs)
+    read = parsed.val if isinstance(parsed, _typehints.NestedArg) else parsed
+    return (value, None) if path is not None and isinstance(read, str) else (parsed, path)
+
+
+_typehints.parse_value_or_config = parsed_unless_text
+
+
 class ParserError(UserError):
     """What jsonargparse says of a command line; ``message`` has all its lines."""
 

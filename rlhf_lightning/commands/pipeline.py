@@ -1,6 +1,5 @@
 """Stages with hand-offs: each a ``fit`` that exports, then an evaluation and a report."""
 
-import hashlib
 import json
 import logging
 import re
@@ -20,6 +19,7 @@ from rlhf_lightning.commands.handoffs import check_export, check_same_text
 from rlhf_lightning.commands.imports import FLAG
 from rlhf_lightning.commands.run_folder import CONFIG
 from rlhf_lightning.commands.sample import ROWS
+from rlhf_lightning.commands.stage_fingerprint import stage_fingerprint
 from rlhf_lightning.errors import RunStopped, UserError, harmless
 from rlhf_lightning.evaluation.candidates import described
 from rlhf_lightning.evaluation.evaluation import Evaluation, WorldEvaluation
@@ -144,10 +144,12 @@ def _run(
     commands: dict[str, str] = {}
     by_name = {stage.name: stage for stage in stages}
     for stage in stages:
-        made = {key: str(by_name[source].product(folder)) for key, source in stage.inputs.items()}
-        arguments = _arguments(stage, folder, seed, seed_keys, options, made)
+        arguments = _arguments(stage, folder, seed, seed_keys, options, by_name)
+        # A stage is the same wherever the pipeline's folder is.
+        elsewhere = _arguments(stage, Path("OUTPUT"), seed, seed_keys, options, by_name)
         upstream = [fingerprints[name] for name in stage.inputs.values()]
-        fingerprints[stage.name] = _fingerprint(stage, arguments, upstream)
+        named = (options if stage.trains else {}) | stage.options
+        fingerprints[stage.name] = stage_fingerprint(stage.config, elsewhere, named, upstream)
         commands[stage.name] = _shown(fit_command(arguments, stage.command))
         _run_stage(stage, arguments, fingerprints[stage.name], folder, record, overwrite)
         if stage.trains:  # before another stage builds on it
@@ -224,9 +226,10 @@ def _check_plan(stages: list[Stage]) -> None:
 
 
 def _arguments(
-    stage: Stage, folder: Path, seed: int, seed_keys: list[str], options: dict[str, Any], made: dict[str, str]
+    stage: Stage, folder: Path, seed: int, seed_keys: list[str], options: dict[str, Any], by_name: dict[str, Stage]
 ) -> list[str]:
-    """What stands behind ``python -m rlhf_lightning COMMAND``; ``made``: keys that receive what earlier stages made."""
+    """The arguments of ``python -m rlhf_lightning COMMAND``, with what the stages of ``by_name`` make in ``folder``."""
+    made = {key: str(by_name[source].product(folder)) for key, source in stage.inputs.items()}
     arguments = [part for config in stage.config for part in ("--config", config)]
     own = str(folder / stage.name)
     settings: dict[str, Any] = {"seed": seed, "output": own}
@@ -238,12 +241,6 @@ def _arguments(
     if any(part.startswith(FLAG) for part in arguments):
         raise UserError(f"stage {stage.name}: {FLAG} stands on the command line, never in a file")
     return arguments
-
-
-def _fingerprint(stage: Stage, arguments: list[str], upstream: list[str]) -> str:
-    """What a finished stage was made from: arguments, the text of its files, and the stages before it."""
-    texts = [Path(config).read_text() for config in stage.config]
-    return hashlib.sha256(json.dumps([arguments, texts, upstream]).encode()).hexdigest()[:16]
 
 
 def _run_stage(

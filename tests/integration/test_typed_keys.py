@@ -339,3 +339,21 @@ KEYS = [
 )
 def test_the_nearest_key(name, expected):
     assert nearest(name, KEYS) == expected or (expected is None and nearest(name, KEYS) in (None, KEYS[2]))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.csv", "prompt,completion\nhello,world\n"),
+        ("rows.tsv", "prompt\tcompletion\nhello\tworld\n"),
+        ("rows.txt", "one line\nand another\n"),
+        ("rows.jsonl", '{"prompt": "hello", "completion": "world"}\n'),
+        ("rows.json", '[{"prompt": "hello", "completion": "world"}]\n'),
+    ],
+)
+def test_a_file_of_rows_is_named_and_not_read_as_a_config(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    parser, _ = trainer_parsers()
+    data = ["--data", "DemonstrationDataModule", "--data.source", str(tmp_path / name)]
+    parsed = parser.parse_args(["fit", *SFT[1:], *data])
+    assert parsed.fit.data.init_args.source == str(tmp_path / name)

@@ -29,7 +29,7 @@ def ran(monkeypatch):
     monkeypatch.setattr(command, "run_fit", run)
     monkeypatch.setattr(command, "check_export", lambda folder: "whole")
     monkeypatch.setattr(command, "check_same_text", lambda one, other: None)
-    monkeypatch.setattr(command, "write_report", lambda report, folder, stages: folder)
+    monkeypatch.setattr(command, "write_report", lambda *_: {"thresholds": []})
     return names
 
 
@@ -82,7 +82,7 @@ SETTINGS = {
     "seed_keys": (["data.source.seed"], ["sft", "reward", "drawn", "ppo"]),
     "options": ({"trainer.accelerator": "cpu"}, ["sft", "reward", "drawn", "ppo"]),
 }
-WITHOUT_PART = {"stages", "output", "evaluation", "overwrite", "seeds"}  # read elsewhere, or after the stages
+WITHOUT_PART = {"stages", "output", "evaluation", "overwrite", "seeds", "report"}  # read elsewhere, or after the stages
 
 
 def test_every_part_is_here():
@@ -124,7 +124,31 @@ def test_nothing_is_made_anew_for_another_spelling_or_a_later_file_time(ran, sta
     for config in {path for stage in stages for path in stage.config}:
         Path(config).touch()
     pipeline(stages, f"{tmp_path}/./out/", evaluation=None)
+    monkeypatch.chdir(tmp_path)
+    pipeline(stages, "out")
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    pipeline(stages, "elsewhere")
     assert ran == []
+
+
+@pytest.mark.parametrize("named_by", ["config", "option"])
+@pytest.mark.parametrize("file", ["rows.jsonl", "model/model.safetensors"])
+def test_a_stage_whose_rows_or_model_have_changed_is_made_anew(ran, stages, tmp_path, file, named_by):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    changing = tmp_path / file
+    changing.write_text("1")
+    value = str(changing if file == "rows.jsonl" else changing.parent)
+    if named_by == "config":
+        Path(stages[1].config[0]).write_text(f"model: {{network: [{{path: {value}}}]}}\n")
+    else:
+        stages = changed(1, options={"data.source": value})(stages)
+    output = str(tmp_path / "out")
+    pipeline(stages, output)
+    changing.touch()
+    pipeline(stages, output)
+    changing.write_text("2")
+    assert_made_anew(ran, stages, output, ["reward", "ppo"])
 
 
 def test_a_stage_whose_product_is_gone_is_made_anew(ran, stages, tmp_path):
