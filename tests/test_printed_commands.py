@@ -49,6 +49,9 @@ EXEMPT = {
     ".venv/bin/python benchmarks/scaling.py": "as make benchmark",
     "python benchmarks/scaling.py": "as make benchmark",
     ".venv/bin/python benchmarks/gpu.py --size 0.5b": "needs a GPU",
+    ".venv/bin/python benchmarks/preparation.py": "as make benchmark",
+    "python -m rlhf_lightning fit -c my_dpo.yaml --import my_losses.py": "run by tests/integration/test_own_loss.py, with "
+    "the files that the page says to save",
     "python -m benchmarks.table FILE": "reads what make benchmark has measured",
     "make .venv-peers/.installed .venv-peers-ppo/.installed": SET_UP,
     "make format": "changes the sources",
@@ -66,7 +69,6 @@ NOT_RUN = {
     "as flags; tests/e2e/test_leaderboard_command.py runs it in miniature",
     "python -m rlhf_lightning fixed-points -c configs/ground_truth/fixed_points.yaml": "run by "
     "tests/ground_truth/test_fixed_points.py",
-    "python -m rlhf_lightning validate": "the beginning of a command",
     "python -m rlhf_lightning ground-truth": "the beginning of a command",
 }
 NEEDS = {
