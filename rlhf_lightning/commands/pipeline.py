@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from rich.console import Console
 
 from rlhf_lightning.commands.fit_process import fit_command, run_fit
@@ -154,6 +155,9 @@ def _run(
         _run_stage(stage, arguments, fingerprints[stage.name], folder, record, overwrite)
         if stage.trains:  # before another stage builds on it
             _check_handoff(stage, {name: by_name[name] for name in stage.inputs.values()}, folder)
+            if evaluation is not None:
+                config = yaml.safe_load((folder / stage.name / CONFIG).read_text())
+                evaluation.check_stage(stage.name, (config.get("data") or {}).get("init_args") or {})
     training = sum(record[stage.name]["seconds"] for stage in stages)
     seconds = {stage.name: round(record[stage.name]["seconds"], 1) for stage in stages} | {
         "training": round(training, 1)

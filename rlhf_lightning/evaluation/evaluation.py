@@ -53,6 +53,15 @@ class Evaluation(ABC):
         """Before the first stage: raise a UserError for what would fail after the last one."""
         return
 
+    def check_stage(self, name: str, data: dict[str, Any]) -> None:
+        """After a stage: raise a UserError if it was trained on what is to be evaluated.
+
+        Args:
+            name: Of the stage.
+            data: Arguments of its data module, as in its ``config.yaml``.
+        """
+        return
+
     @abstractmethod
     def run(self, exports: dict[str, Path], seed: int) -> dict[str, Any]:
         """Figures for the report: policies, comparisons, samples, and the name of the reward; see the classes below.
@@ -247,6 +256,17 @@ class RewardEvaluation(Evaluation):
     def check(self) -> None:
         if isinstance(self.source, Source) or Path(self.source).expanduser().exists():
             self._held_out()
+
+    def check_stage(self, name: str, data: dict[str, Any]) -> None:
+        if str(data.get("source")) != str(self.source):
+            return
+        other, own = Split(**(data.get("split") or {})), self.split
+        if other.seed != own.seed or other.validation < own.validation:
+            raise UserError(
+                f"evaluation.split holds out {own.validation:g} of {self.source} with seed {own.seed}, and stage {name} "
+                f"{other.validation:g} with seed {other.seed}: prompts that it was trained on would be evaluated; give the "
+                "evaluation the split of the stage"
+            )
 
     def _held_out(self) -> dict[str, list[Any]]:
         """The prompts to answer, and the other columns of their rows.

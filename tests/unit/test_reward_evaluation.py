@@ -256,3 +256,20 @@ def test_the_reward_is_named_by_what_it_is(source, exports):
 def test_a_reward_class_that_is_called_reward_is_not_called_so_twice():
     assert MathReward().title == "MathReward"
     assert GoldReward(HHHWorld()).title == "gold reward"
+
+
+@pytest.mark.parametrize("split", [{"validation": 0.05}, {"validation": 0.2, "seed": 1}, {}])
+def test_a_stage_that_was_trained_on_what_is_held_out_here_is_refused(split):
+    evaluation = RewardEvaluation("prompts.jsonl", split=Split(0.2))
+    with pytest.raises(UserError, match=r"evaluation.split holds out 0.2 .* stage ppo 0") as error:
+        evaluation.check_stage("ppo", {"source": "prompts.jsonl", "split": split})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "held_out"), [("prompts.jsonl", 0.2), ("prompts.jsonl", 0.5), ("other.jsonl", 0.05)]
+)
+def test_a_stage_that_held_out_as_much_is_not_refused(source, held_out):
+    RewardEvaluation("prompts.jsonl", split=Split(0.2)).check_stage(
+        "ppo", {"source": source, "split": {"validation": held_out, "seed": 0}}
+    )
