@@ -180,6 +180,12 @@ def test_the_rows_are_read_with_their_weights(run):
     assert any(row["completion_truncated"] for row in rows)
 
 
+def test_answers_end_where_the_context_does_and_a_warning_says_so(run, caplog):
+    run("long", sampling=SamplingParameters(max_new_tokens=128))
+    (warning,) = [record.getMessage() for record in caplog.records if "reads 128 tokens" in record.getMessage()]
+    assert "instead of max_new_tokens 128" in warning
+
+
 @pytest.mark.parametrize(
     ("changed", "words_"),
     [
@@ -211,7 +217,6 @@ def test_a_policy_that_was_trained_again_is_another_one(run, policy, tmp_path):
         ({"policy": ModelSpec(architecture={"model_type": "llama"})}, "policy.path"),
         ({"n": 0}, "at least 1"),
         ({"sampling": SamplingParameters(temperature=0)}, "temperature 0"),
-        ({"sampling": SamplingParameters(max_new_tokens=128)}, "more than the 128"),
         ({"method": RAFT(least=99.0)}, "keeps no answer to any of 10 prompts"),
         ({"prompts": PromptRows(HHHWorld(prompts=2), limit=1)}, None),
         ({"prompts": PromptRows("nowhere.jsonl")}, "nowhere.jsonl"),
