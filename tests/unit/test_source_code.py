@@ -107,6 +107,12 @@ def test_the_command_list_has_every_command_with_a_sentence():
     assert all(said.endswith(".") for _, said in lines)
 
 
+@pytest.fixture(autouse=True)
+def nothing_imported(monkeypatch):
+    """Other tests of this process may have allowed modules of a user."""
+    monkeypatch.setattr(POLICY, "given", ())
+
+
 def test_a_short_name_may_be_one_of_the_users_own(monkeypatch):
     assert class_of("DPOLoss").path == "rlhf_lightning.losses.dpo.DPOLoss"
     monkeypatch.setattr(POLICY, "given", ("own.py",))
