@@ -31,7 +31,8 @@ def test_every_step_is_that_of_a_plain_loop(name, scalar):
     expected = loop.steps(LOOPS[name], passes=2 if online else 1)
     trace = run(SUBJECTS[name], "rotary", scalar, arrangement_of(name))
     assert len(trace.gradients) == len(expected) == len(STEPS) * (2 if online else 1)
-    rtol = 1e-8 if SUBJECTS[name].dtype == torch.float64 else 1e-4
+    # Rows keep margins and soft labels in float32, which the loop has in float64.
+    rtol = 1e-6 if name in ("reward model", "process reward") else 1e-8
     for number, (found, exact) in enumerate(zip(trace.gradients, expected, strict=True)):
         assert found.keys() == exact.keys()
         largest = max(float(value.norm()) for value in exact.values())
