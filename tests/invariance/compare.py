@@ -16,14 +16,16 @@ CANCELS = {
 
 
 def assert_same(got: Trace, expected: Trace, rtol: float) -> None:
-    """Metrics one by one to 1e-5; tensors relative to their largest entry, for single entries are sums that cancel.
+    """Compare metrics one by one to 1e-5, for they are averaged in float32, and tensors relative to their largest entry.
 
-    A tensor that is a hundred times smaller than the largest of its step is a sum that cancelled as a whole.
+    Single entries of a tensor are sums that cancel. A tensor that is a hundred times smaller than the largest of its step is
+    a sum that cancelled as a whole.
     """
     assert len(got.logged) == len(expected.logged)
     for own, other in zip(got.logged, expected.logged, strict=True):
         assert own.keys() == other.keys()
-        same = {k: math.isclose(own[k], other[k], rel_tol=1e-5, abs_tol=CANCELS.get(k, ALMOST_ZERO)) for k in own}
+        rel = max(1e-5, rtol)
+        same = {k: math.isclose(own[k], other[k], rel_tol=rel, abs_tol=CANCELS.get(k, ALMOST_ZERO)) for k in own}
         different = {k: (own[k], other[k]) for k in own if not same[k]}
         assert different == {}, different
     assert len(got.gradients) == len(expected.gradients)

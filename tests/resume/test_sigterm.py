@@ -137,7 +137,7 @@ def test_the_option_that_is_given_anew_is_taken_out(args, rest):
 
 def test_a_run_without_a_checkpoint_can_not_go_on(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
-        main(["fit", "--model", "SFTModule", "--model.policy", "x", "--data", "DemonstrationDataModule", "--data.source", "HHHWorld",
-              "--trainer.default_root_dir", str(tmp_path), "--ckpt_path", "last"])  # fmt: skip
+        main(["fit", "--model", "SFTModule", "--model.policy", "x", "--data", "DemonstrationDataModule", "--data.source",
+              "HHHWorld", "--trainer.default_root_dir", str(tmp_path), "--ckpt_path", "last"])  # fmt: skip
     assert exit_.value.code == 2
     assert "there is no" in capsys.readouterr().err

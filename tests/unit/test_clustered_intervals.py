@@ -248,6 +248,9 @@ def test_a_reward_evaluation_clusters_by_prompt(policies, tmp_path):
         ("policies", "sft", "held_out/sampled", "score"): pytest.approx(exact_bootstrap(SCORES)),
         ("policies", "ppo", "held_out/sampled", "score"): {"mean": 1.0, "low": 1.0, "high": 1.0},
         ("comparisons", "ppo", "held_out/sampled", "win_rate"): pytest.approx(exact_bootstrap(wins)),
+        ("comparisons", "ppo", "held_out/sampled", "gain"): pytest.approx(
+            exact_bootstrap({text: 1.0 - score for text, score in SCORES.items()})
+        ),
     }
     assert evaluated(policies, tmp_path, times=2) == as_before(found)
 
