@@ -96,6 +96,7 @@ def test_a_step_without_a_token_to_learn_stops_the_run(tmp_path, monkeypatch):
     """trl#6668: an all-masked batch reported a loss of 0.0 and training went on; trl#3927 made such batches."""
     monkeypatch.chdir(tmp_path)
     rows = subjects.DEMONSTRATIONS | {"response_mask": [[0] * len(ids) for ids in subjects.DEMONSTRATIONS["input_ids"]]}
-    masked = subjects.replace(SUBJECTS["sft"], columns=rows, weights=[0] * len(rows["input_ids"]))
+    monkeypatch.setitem(subjects.COLUMNS, SUBJECTS["sft"].method.rows, rows)
+    monkeypatch.setitem(subjects.WEIGHTS, SUBJECTS["sft"].method.rows, [0.0] * len(rows["input_ids"]))
     with pytest.raises(UserError, match="loss nan"):
-        run(masked, "rotary", scalar_folder(tmp_path, "rotary"), PLAIN)
+        run(SUBJECTS["sft"], "rotary", scalar_folder(tmp_path, "rotary"), PLAIN)
