@@ -111,8 +111,6 @@ def test_ppo_with_two_adapters_on_one_base_learns(tmp_path):
         *flags,
         "--trainer.max_steps",
         "72",
-        "--trainer.check_val_every_n_epoch",
-        "6",
     )
     scores = logged(folder, "train/objective/scores")
     assert scores[0] < -0.3  # minus the compound sentiment: cheerful stories
