@@ -63,5 +63,9 @@ class Terminal:
 
 
 def own_terminal():
-    """Make the standard input the terminal that ctrl-c is typed at."""
+    """Make the standard input the terminal that ctrl-c is typed at, and let ctrl-c arrive as a shell does.
+
+    A process that was started in the background ignores it, and so would what it starts.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)

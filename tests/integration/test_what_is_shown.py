@@ -160,6 +160,7 @@ def test_a_fit_ends_in_one_line_without_the_package(tmp_path, capsys, monkeypatc
 
 def test_wandb_gets_group_and_tags_and_the_settings_of_the_trainer(tmp_path, capfd):
     """The run is offline; its configuration is the one that W&B would show."""
+    wandb.finish()  # the run of another test, which would be taken for this one
     configs = []
     update = wandb.sdk.wandb_run.Config.update if hasattr(wandb.sdk.wandb_run, "Config") else wandb.Config.update
 

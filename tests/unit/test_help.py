@@ -39,13 +39,12 @@ def helps(made):
     return {action.dest[2:]: str(action.help) for action in parser._actions if action.dest not in ("help", "x")}
 
 
-CLASSES = [*below(RowsDataModule), *losses(), *below(Source), Split, PromptRows]
+NAMED = [*below(RowsDataModule), *losses(), *below(Source), Split, PromptRows]
+CLASSES = [made for made in NAMED if not inspect.isabstract(made)]  # YAML names what is below an abstract class
 
 
 @pytest.mark.parametrize("made", CLASSES, ids=lambda made: made.__name__)
 def test_every_key_is_described(made):
-    if inspect.isabstract(made):
-        pytest.skip("YAML names what is below it")
     bare = [name for name, said in helps(made).items() if not name.endswith("help") and len(said.split()) < 3]
     assert bare == []
 
