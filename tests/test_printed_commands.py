@@ -2,7 +2,7 @@
 
 Commands are read out of README, CONTRIBUTING, every other Markdown file, the notebooks' text, the headers of ``configs/`` and
 the Makefile (``tests/printed.py``), and typed in a folder where the files exist that they name (``tests/workplace.py``).
-Appended flags make them short; nothing that is printed is changed. A command that nobody has sorted fails the first test.
+Appended flags make them short; nothing that is printed is changed. A command in none of the lists fails the first test.
 
 - In every run of the tests: each command's arguments are parsed by the real parser, and the files it names are there; the
   README's road from SFT to PPO and chat is run, on the embedded world and on own data, in this process. ``chat`` is run with

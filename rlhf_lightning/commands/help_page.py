@@ -253,9 +253,9 @@ def is_set(section: Section) -> bool:
 
 def _lines(section: Section, width: int, documented: dict[Any, str]) -> str:
     """A section as text; the keys of a class that has been shown are listed without their meaning."""
-    told = f"({_where(section.typed)})" if section.typed and section.cls else ""
-    beside = told if len(section.title) + len(told) + 2 <= width else ""
-    lines = [f"{section.title}  {beside}".rstrip(), "-" * len(section.title), *([told] if told and not beside else [])]
+    note = f"({_where(section.typed)})" if section.typed and section.cls else ""
+    beside = note if len(section.title) + len(note) + 2 <= width else ""
+    lines = [f"{section.title}  {beside}".rstrip(), "-" * len(section.title), *([note] if note and not beside else [])]
     if section.help and not section.help.startswith(NO_MEANING):
         lines += _wrapped(f"{plain(section.help).rstrip('.')}.", width)
     before = documented.get(section.cls) if section.cls else None
@@ -281,10 +281,10 @@ def _entry(entry: Entry, width: int, *, short: bool) -> list[str]:
     elif entry.typed is not None:
         facts.append(f"default {shown(entry.default)}")
     facts += [_where(entry.typed)] if entry.typed is not None else []
-    told = f"({'; '.join(facts)})" if facts else ""
+    note = f"({'; '.join(facts)})" if facts else ""
     if len(head) > width:
         head = f"{head[: width - 4].rstrip()} ..."
-    lines = [f"{head}  {told}"] if len(head) + len(told) + 2 <= width else [head, *_meaning(told, width)]
+    lines = [f"{head}  {note}"] if len(head) + len(note) + 2 <= width else [head, *_meaning(note, width)]
     if short:
         return lines
     keep_default = entry.default is None and "``None``" not in entry.help

@@ -92,10 +92,10 @@ def line_chart(title: str, series: dict[str, Series]) -> Markup:
         axes.tick_params(labelsize=8)
         axes.grid()
         figure.legend(fontsize=8, frameon=False, loc="outside lower left", ncols=1 if len(series) > 2 else len(series))
-        told = [
+        description = [
             f"{name} from {y[0]:.3g} at step {x[0]} to {y[-1]:.3g} at step {x[-1]}" for name, (x, y) in series.items()
         ]
-        return as_svg(figure, f"{title} over optimizer steps: {'; '.join(told)}")
+        return as_svg(figure, f"{title} over optimizer steps: {'; '.join(description)}")
 
 
 def reward_against_kl(
@@ -125,10 +125,10 @@ def reward_against_kl(
         axes.grid()
         _label(axes, {name: (point["kl"]["mean"], point["reward"]["mean"]) for name, point in points.items()})
         values = [(name, p["reward"], p["kl"]["mean"]) for name, p in points.items()]
-        told = [
+        description = [
             f"{name}: {r['mean']:.2f} ({r['low']:.2f} to {r['high']:.2f}) at {kl:.2f} nats" for name, r, kl in values
         ]
-        return as_svg(figure, f"{reward} against KL, with 95 % intervals; {'; '.join(told)}")
+        return as_svg(figure, f"{reward} against KL, with 95 % intervals; {'; '.join(description)}")
 
 
 def _with_bars(value: dict[str, float]) -> tuple[float, list[list[float]]]:
@@ -181,12 +181,12 @@ def _covered(box: tuple[float, ...], taken: Sequence[tuple[float, ...]], inside:
     return over + (box[2] - box[0]) * (box[3] - box[1]) - width * height
 
 
-def as_svg(figure: Figure, told: str) -> Markup:
+def as_svg(figure: Figure, description: str) -> Markup:
     """A figure as inline SVG.
 
     Args:
         figure: What is drawn.
-        told: What a screen reader says of it.
+        description: What a screen reader says of it.
     """
     buffer = io.StringIO()
     with rc_context(STYLE), warnings.catch_warnings():
@@ -203,5 +203,5 @@ def as_svg(figure: Figure, told: str) -> Markup:
     # Several charts share a page, and an id may occur once in it: those that nothing refers to are dropped.
     svg = re.sub(r'<(\w+) id="([\w.-]+)"', lambda found: found[0] if found[2] in used else f"<{found[1]}", svg)
     svg = re.sub(r'^<svg[^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1 ROLE>", svg, count=1)
-    svg = svg.replace("ROLE", f'role="img" aria-label="{escape(harmless(told))}"', 1)
+    svg = svg.replace("ROLE", f'role="img" aria-label="{escape(harmless(description))}"', 1)
     return Markup(svg)

@@ -29,7 +29,7 @@ class FinalAnswerReward(Reward):
     """1 where the final answer is the row's, as a number or word for word; else 0."""
 
     def __init__(self, answer: str = "answer", place: Place = "any") -> None:
-        """Remember what to compare.
+        """Store how answers are compared.
 
         Args:
             answer: Column with the true answer.
@@ -56,7 +56,7 @@ class MathReward(Reward):
     def __init__(
         self, answer: str = "answer", place: Place | None = None, seconds: float = 5.0, memory_mb: int = 2048
     ) -> None:
-        """Remember what to compare.
+        """Store how answers are compared.
 
         Args:
             answer: Column with the true answer.

@@ -73,7 +73,7 @@ class Loop:
         return found
 
     def log_ratio(self, prompt: list[int], response: list[int], temperature: float = 1.0) -> Tensor:
-        """Of a whole response: log policy - log reference."""
+        """Log-ratio of a response: log policy - log reference, summed over its tokens."""
         with torch.no_grad():
             reference = response_logps(self.reference, prompt, response, temperature).sum()
         return response_logps(self.network, prompt, response, temperature).sum() - reference

@@ -43,7 +43,7 @@ def test_every_step_is_that_of_a_plain_loop(name, scalar):
 
 
 def test_online_dpo_logs_what_the_loop_counts(scalar):
-    """Of the first iteration: two passes over the pairs that teach, as one mean."""
+    """The first iteration logs one mean over two passes over the pairs that are trained on."""
     loop = Loop("online dpo", scalar)
     rows, counted = STEPS[0], {"loss": [], "rewards/chosen": [], "rewards/margins": [], "rewards/accuracies": []}
     pairs, loss = pairs_of(rows), LOOPS["online dpo"]

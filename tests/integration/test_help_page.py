@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def page(monkeypatch):
-    """The page for these arguments, in a terminal of so many columns."""
+    """The help page for these arguments at a terminal width."""
     monkeypatch.chdir(ROOT)
 
     def made(*args, columns=100):
@@ -106,7 +106,7 @@ def test_a_config_that_is_not_there_is_said(page):
 
 
 def test_an_incomplete_or_wrong_config_has_a_page_too(page):
-    """Whoever asks for help may not know yet what is missing."""
+    """Help is printed for an incomplete config too."""
     text = page("--model", "GRPOModule", "--model.kl", "FixedKl", "--data.nothing", "1")
     assert "model.update: GRPOUpdate" in text
 

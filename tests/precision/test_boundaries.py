@@ -96,7 +96,7 @@ def test_scores_of_a_reward_model_are_those_of_a_float64_head(members, half, wei
 
 @pytest.mark.parametrize("half", HALF)
 def test_the_gradient_of_a_scalar_head_is_not_rounded(half):
-    """Of the sum of scores it is the sum of hidden states: float16 has no 1e-9, bfloat16 three digits."""
+    """The gradient of the sum of scores is the sum of hidden states: float16 has no 1e-9, bfloat16 three digits."""
     model = scalar()
     with torch.autocast("cpu", dtype=half):
         hidden = hidden_states(model.network, IDS, REAL)
@@ -327,7 +327,7 @@ def test_totals_go_on_beyond_what_float32_holds():
 
 
 class CutOff(Answers):
-    """No response comes to its end."""
+    """No response ends with EOS."""
 
     def generate(self, network, input_ids, attention_mask, sampling, *, eos_ids, pad_id):
         rows = torch.arange(len(input_ids))[:, None] + torch.arange(LONGEST)

@@ -120,7 +120,7 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_calls_do_not_grow_with_the_rows(kind, word, counted):
-    """Of one block of rows; a thousand are one."""
+    """Rows of one block; a thousand rows are one block."""
     found = []
     for rows in (20, 90):
         before = dict(counted)
