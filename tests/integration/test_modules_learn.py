@@ -128,7 +128,7 @@ def test_ppo_in_half_precision_samples_and_scores_alike(base, precision):
     fit(module, data, base, max_steps=3, precision=precision)
     name = "sampling/sampling_logp_difference/max"
     apart = [float(v[name][0]) for v in seen if name in v]
-    assert 0 < max(apart) < 0.1
+    assert max(apart) < 0.1  # rounding; none where kernels add in the same order
     assert all(v["grad_norm"][0] > 0 for v in seen if "grad_norm" in v)
 
 
@@ -187,7 +187,7 @@ def test_ppos_first_minibatch_has_ratio_one_and_no_clipping(base):
     data = PromptDataModule(Rows(WORLD.load("prompts")["train"]), batch_size=64, split=Split(validation=0))
     fit(module, data, base, max_steps=1)
     apart, first = seen[:2]  # the engine's log-probabilities against the forward's, and what the first step counted
-    assert 0 < apart["sampling/sampling_logp_difference/max"][0].item() < 1e-4
+    assert apart["sampling/sampling_logp_difference/max"][0].item() < 1e-4
     ratio, tokens = first["val/ratio"]
     assert (ratio / tokens).item() == pytest.approx(1, abs=1e-5)
     assert first["policy/approxkl_avg"][0].item() == pytest.approx(0, abs=1e-6)
