@@ -35,12 +35,19 @@ class Terminal:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def until(self, text, seconds=120):
-        """Read until a text is shown, after the one that was waited for before."""
-        end = time.monotonic() + seconds
+    def until(self, text, seconds=120, press=""):
+        """Read until a text is shown, after the one that was waited for before.
+
+        ``press`` is typed every 3 seconds until then: a ctrl-c that comes after a prompt is shown and before it is read from is
+        lost, as in any program that reads with ``input``.
+        """
+        end, next_press = time.monotonic() + seconds, time.monotonic()
         while (found := self.shown.find(text, self.seen)) < 0:
             ready, _, _ = select.select([self.master], [], [], 1)
             assert time.monotonic() < end, f"{text!r} never came: {self.shown[-2000:]}"
+            if press and time.monotonic() >= next_press:
+                self.type(press)
+                next_press = time.monotonic() + 3
             if ready:
                 self.shown += os.read(self.master, 65536).decode(errors="replace")
         self.seen = found + len(text)
@@ -68,4 +75,5 @@ def own_terminal():
     A process that was started in the background ignores it, and so would what it starts.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)

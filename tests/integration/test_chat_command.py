@@ -221,13 +221,11 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends(tmp_path):
     command += ["--min_new_tokens", "20000"]
     with Terminal(command) as terminal:
         terminal.until("you")
-        terminal.type("\x03")  # at the prompt it stops nothing, and ends nothing
-        terminal.until("you")
+        terminal.until("you", press="\x03")  # at the prompt it stops nothing, and ends nothing
         terminal.type(QUESTION + "\n")
         terminal.until("╭")
         terminal.until("╭")  # drawn again: the answer has begun
-        terminal.type("\x03")
-        terminal.until("you")
+        terminal.until("you", press="\x03")
         terminal.type("/nonsense\n")
         terminal.until("unknown command /nonsense")
         terminal.until("you")
