@@ -102,7 +102,7 @@ def test_an_evaluation_that_fails_keeps_the_stages(tmp_path, monkeypatch, error)
     def fit(command_line):
         ran.append(command_line)
         export_folder(load_causal_lm(LLAMA, world_tokenizer()), world_tokenizer(), tmp_path / "out/sft/export")
-        (tmp_path / "out/sft/config.yaml").write_text("")
+        (tmp_path / "out/sft/config.yaml").write_text("{}")
         return 0
 
     monkeypatch.setattr(command, "run_fit", fit)
