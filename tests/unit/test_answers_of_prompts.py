@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning.commands.sample import select
 from rlhf_lightning.evaluation import answers as answering
@@ -54,6 +55,25 @@ def test_answers_are_in_the_rows_of_their_prompts(folders, monkeypatch):
     assert samples.prompts == [prompt for prompt in PROMPTS for _ in range(TIMES)]
     assert samples.completions == [text for texts in found.texts for text in texts]
     assert samples.columns == {"n": [n for n in NUMBERS for _ in range(TIMES)]}
+
+
+def test_the_kl_of_an_answer_is_that_of_plain_transformers(folders):
+    """The sum over its tokens, the first and EOS among them, of log policy - log reference."""
+    found = Answerer(*folders).answer(PROMPTS, GREEDY, samples=1, seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    networks = [AutoModelForCausalLM.from_pretrained(folder) for folder in folders]
+    for row, prompt in enumerate(PROMPTS):
+        before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        answer = tokenizer(found.texts[row][0], add_special_tokens=False).input_ids
+        answer += [] if found.truncated[row, 0] else [tokenizer.eos_token_id]
+        assert found.lengths[row, 0] == len(answer)
+        with torch.no_grad():
+            policy, reference = (
+                network(torch.tensor([before + answer])).logits[0].double().log_softmax(-1) for network in networks
+            )
+        at = torch.arange(len(before) - 1, len(before) + len(answer) - 1)
+        expected = (policy - reference)[at, answer].sum().item()
+        assert found.kl[row, 0] == pytest.approx(expected, abs=1e-4)
 
 
 def test_candidates_are_scored_with_the_columns_of_their_prompt(folders):
