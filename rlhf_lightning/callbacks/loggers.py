@@ -109,9 +109,7 @@ class Tolerant(Logger):
         self._again = 0.0  # a last chance to send what is left
         try:
             self._tell("finalize", status)
-        except (
-            Exception
-        ) as error:  # the run is over, trained and exported: whatever this is, it must not call it failed
+        except Exception as error:  # the run is over and exported: no failure here makes it a failed run
             log.warning("%s could not be closed; metrics.csv has every row", type(self.inner).__name__, exc_info=error)
         if self._failures:
             log.warning("%s: %d calls failed or were left out", type(self.inner).__name__, self._failures)
